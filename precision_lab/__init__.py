@@ -1,0 +1,63 @@
+"""precision_lab: the laboratory bench for numerical precision in JAX/Flax.
+
+Say which number format every tensor of a training step has, and see what happens. The names below are the everyday
+ones; each is loaded when first used, so `import precision_lab` costs nothing and imports no JAX.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "formats": ("FORMATS", "Format", "format", "round_to", "stack_formats"),
+    "policy": ("PRESETS", "Policy"),
+    "nn": ("apply_policy", "sites"),
+    "optim": (
+        "DynamicLossScale",
+        "StaticLossScale",
+        "current_loss_scale",
+        "loss_scaling",
+        "master_weights",
+        "scale_loss",
+        "step_was_applied",
+    ),
+    "models": ("register_model",),
+    "data": ("register_data",),
+    "runner": ("load", "run"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+if TYPE_CHECKING:
+    from precision_lab.data import register_data as register_data
+    from precision_lab.formats import FORMATS as FORMATS
+    from precision_lab.formats import Format as Format
+    from precision_lab.formats import format as format
+    from precision_lab.formats import round_to as round_to
+    from precision_lab.formats import stack_formats as stack_formats
+    from precision_lab.models import register_model as register_model
+    from precision_lab.nn import apply_policy as apply_policy
+    from precision_lab.nn import sites as sites
+    from precision_lab.optim import DynamicLossScale as DynamicLossScale
+    from precision_lab.optim import StaticLossScale as StaticLossScale
+    from precision_lab.optim import current_loss_scale as current_loss_scale
+    from precision_lab.optim import loss_scaling as loss_scaling
+    from precision_lab.optim import master_weights as master_weights
+    from precision_lab.optim import scale_loss as scale_loss
+    from precision_lab.optim import step_was_applied as step_was_applied
+    from precision_lab.policy import PRESETS as PRESETS
+    from precision_lab.policy import Policy as Policy
+    from precision_lab.runner import load as load
+    from precision_lab.runner import run as run
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'precision_lab' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"precision_lab.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
