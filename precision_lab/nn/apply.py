@@ -1,0 +1,80 @@
+"""`apply_policy` and `sites` for plain functions, NNX models and Linen models alike."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from flax import linen, nnx
+
+from precision_lab.nn.linen_policy import linen_sites, linen_under_policy
+from precision_lab.nn.nnx_policy import nnx_sites, nnx_under_policy
+from precision_lab.policy import Policy
+from precision_lab.rewrite import SiteTable, apply_to_function, sites_of_function
+
+Target = TypeVar("Target")
+
+
+def apply_policy(target: Target, policy: Any) -> Target:
+    """Returns `target` under `policy`; its code is not touched and need not know.
+
+    Products (dot_general and conv_general_dilated) run in the policy's compute format with its accumulator, in the
+    forward pass and in both backward products; everything else runs as written. A weight is cast where it is
+    used, so its gradient accumulates in its own dtype. Floating outputs are cast to the policy's output dtype.
+
+    Args:
+      target: an `nnx.Module` instance, a `linen.Module` instance, or a function `fn(params, *args, **kwargs)`.
+      policy: a Policy, its string, a preset's name, or a jmp.Policy.
+
+    Returns:
+      The same kind of thing:
+      a copy of the NNX model, of a subclass of its class, with the same variables under the same paths, its `Param`s
+      stored in the policy's params dtype;
+      a Linen module of a subclass of its class, whose `init` stores params in the policy's dtype and whose `apply`
+      follows the policy;
+      a function of the same signature.
+
+    Raises:
+      TypeError: `target` is none of these.
+      ValueError: the policy cannot be parsed; on a call, a rule that matches no site.
+    """
+    policy = Policy.parse(policy)
+    if isinstance(target, nnx.Module):
+        return nnx_under_policy(target, policy)
+    if isinstance(target, linen.Module):
+        return linen_under_policy(target, policy)
+    _require_function(target)
+    return apply_to_function(target, policy)  # pyright: ignore[reportReturnType, reportArgumentType]
+
+
+def sites(target: Any, *args: Any, policy: Any = "float32", **kwargs: Any) -> SiteTable:
+    """Returns the sites of `target` under `policy`: what each product is called and what the policy makes of it.
+
+    Nothing is executed; arrays may be `jax.ShapeDtypeStruct`s.
+
+    Args:
+      target: NNX model, Linen model or function, as in `apply_policy`.
+      args, kwargs: what it is called with; for a Linen model the arguments of `apply`, variables first; for a
+        function its params first.
+      policy: a Policy or what parses to one.
+
+    Raises:
+      ValueError: a rule matches no site.
+    """
+    policy = Policy.parse(policy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the table says itself what was not reached
+        if isinstance(target, nnx.Module):
+            return nnx_sites(target, policy, *args, **kwargs)
+        if isinstance(target, linen.Module):
+            return linen_sites(target, policy, *args, **kwargs)
+        _require_function(target)
+        return sites_of_function(target, policy, *args, **kwargs)
+
+
+def _require_function(target: Any) -> None:
+    """Raises TypeError for what is no function, and for a model's class in place of a model."""
+    if isinstance(target, type) or not isinstance(target, Callable):
+        kind = f"the class {target.__name__}" if isinstance(target, type) else f"{type(target).__name__}"
+        raise TypeError(f"expected an nnx.Module or linen.Module instance or a function fn(params, ...), got {kind}.")

@@ -1,0 +1,211 @@
+"""Every use of what JAX does not promise to keep: the insides of jaxpr equations, and how a primitive is made.
+
+Tested with JAX 0.10.2 and 0.12.0; `tests/rewrite/test_compat.py` names the versions and fails on others. Between these
+two, `ClosedJaxpr` and `Jaxpr` became one class and `scan` replaced its counts by trees.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex
+import jax.extend.linear_util
+from jax.core import ShapedArray
+from jax.extend import source_info_util
+from jax.interpreters import ad, batching, mlir
+
+Equation = Any
+Jaxpr = Any
+
+
+class Inner(NamedTuple):
+    """A jaxpr inside an equation; `operands[i]` is the equation's operand that its i-th input is, on every entry."""
+
+    jaxpr: Jaxpr
+    operands: tuple[int | None, ...]
+
+
+JITS = frozenset(("jit", "pjit"))
+REMATS = frozenset(("remat2", "remat", "checkpoint"))
+CUSTOM_RULES = frozenset(("custom_jvp_call", "custom_vjp_call"))
+ENTERED = JITS | REMATS | CUSTOM_RULES | {"scan", "while", "cond"}
+
+
+def inner_jaxprs(eqn: Equation) -> list[Inner]:
+    """Returns the jaxprs of an equation that the interpreter enters, in a fixed order; empty for all others."""
+    name, params, count = eqn.primitive.name, eqn.params, len(eqn.invars)
+    if name in JITS | REMATS:
+        return [Inner(params["jaxpr"], tuple(range(count)))]
+    if name in CUSTOM_RULES:
+        return [Inner(params["call_jaxpr"], tuple(range(count)))]
+    if name == "scan":
+        consts, carry = scan_arity(eqn)
+        carried = range(consts, consts + carry)
+        return [Inner(params["jaxpr"], tuple(None if i in carried else i for i in range(count)))]
+    if name == "while":
+        cond, body = params["cond_nconsts"], params["body_nconsts"]
+        carry = (None,) * (count - cond - body)
+        return [
+            Inner(params["cond_jaxpr"], (*range(cond), *carry)),
+            Inner(params["body_jaxpr"], (*range(cond, cond + body), *carry)),
+        ]
+    if name == "cond":
+        return [Inner(branch, tuple(range(1, count))) for branch in params["branches"]]
+    return []
+
+
+def hidden_jaxprs(eqn: Equation) -> list[Jaxpr]:
+    """Returns the jaxprs in the parameters of an equation that the interpreter does not enter."""
+    if eqn.primitive.name in ENTERED:
+        return []
+    values = [v for value in eqn.params.values() for v in (value if isinstance(value, (tuple, list)) else (value,))]
+    return [value for value in values if hasattr(value, "eqns") and hasattr(value, "invars")]
+
+
+def scan_arity(eqn: Equation) -> tuple[int, int]:
+    """Returns how many of a scan's operands are constants and how many are carried; the rest are scanned over."""
+    if "num_consts" in eqn.params:  # JAX 0.10
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry, _ = (len(list(group)) for group in eqn.params["ft_in"].unpack())
+    return consts, carry
+
+
+def consts_of(jaxpr: Jaxpr) -> Sequence[Any]:
+    """Returns the values of a jaxpr's constants; an open jaxpr has none."""
+    return getattr(jaxpr, "consts", ())
+
+
+def evaluate_jaxpr(jaxpr: Jaxpr, *operands: Any) -> list[Any]:
+    """Evaluates a closed jaxpr as it stands."""
+    return jex.jaxpr_as_fun(jaxpr)(*operands)
+
+
+def is_literal(atom: Any) -> bool:
+    """Returns whether an operand is a constant written into the equation."""
+    return isinstance(atom, jex.Literal)
+
+
+def scope_of(eqn: Equation) -> str:
+    """Returns the names in force where the equation was traced, relative to its jaxpr, joined by '/'."""
+    return str(eqn.source_info.name_stack)
+
+
+@contextlib.contextmanager
+def as_traced(eqn: Equation) -> Iterator[None]:
+    """Restores the name scopes and the context (mesh, compute type) under which the equation was traced."""
+    names = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    with source_info_util.user_context(eqn.source_info.traceback, name_stack=names), eqn.ctx.manager:
+        yield
+
+
+def bind(eqn: Equation, operands: Sequence[Any]) -> list[Any]:
+    """Evaluates an equation as it stands."""
+    out = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+class Part(enum.Enum):
+    """Which part of a custom derivative a jaxpr is, and so what its inputs are."""
+
+    CALL = "the function or its forward rule: the inputs are the call's"
+    TANGENT = "a custom_jvp's rule: the call's inputs, then their tangents"
+    BACKWARD = "a custom_vjp's backward rule: what was kept, then the cotangents"
+
+
+Rewrite = Callable[[Jaxpr, Part], Jaxpr]
+
+
+def bind_custom_rule(eqn: Equation, operands: Sequence[Any], rewritten: Rewrite) -> list[Any]:
+    """Evaluates a custom_jvp or custom_vjp call with its function and its derivative rule rewritten.
+
+    Args:
+      eqn: the call.
+      operands: its inputs.
+      rewritten: maps a jaxpr to one of the same signature, told which part it is.
+    """
+    params = dict(eqn.params)
+    params["call_jaxpr"] = rewritten(params["call_jaxpr"], Part.CALL)
+    if "jvp_jaxpr_fun" in params:
+        params["jvp_jaxpr_fun"] = _rewrite_thunk(params["jvp_jaxpr_fun"], rewritten, Part.TANGENT)
+    else:
+        params["fwd_jaxpr_thunk"] = _rewrite_thunk(params["fwd_jaxpr_thunk"], rewritten, Part.CALL)
+        params["bwd"] = _rewrite_backward(params["bwd"], rewritten)
+    return list(eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(params)))
+
+
+def _rewrite_thunk(rule: Any, rewritten: Rewrite, part: Part) -> Any:
+    """Wraps a thunk that returns (jaxpr, consts, ...) so that its jaxpr is rewritten."""
+
+    def call(*flags: Any) -> tuple[Any, ...]:
+        jaxpr, consts, *rest = rule.call_wrapped(*flags)
+        new = rewritten(_closed(jaxpr, consts), part)
+        return (getattr(new, "jaxpr", new), consts_of(new), *rest)
+
+    return jax.extend.linear_util.wrap_init(call, debug_info=rule.debug_info)
+
+
+def _rewrite_backward(rule: Any, rewritten: Rewrite) -> Any:
+    """Wraps the backward rule of a custom_vjp; it is traced when it is called, and may take and return zeros."""
+
+    def call(*values: Any) -> Any:
+        is_array = [hasattr(value, "dtype") and hasattr(value, "shape") for value in values]
+        static: list[Any] = []
+
+        def arrays_only(*arrays: Any) -> list[Any]:
+            given = iter(arrays)
+            out = rule.call_wrapped(*(next(given) if a else v for a, v in zip(is_array, values, strict=True)))
+            leaves, tree = jax.tree.flatten(out, is_leaf=lambda leaf: not isinstance(leaf, (list, tuple)))
+            kept = [hasattr(leaf, "dtype") and hasattr(leaf, "shape") for leaf in leaves]
+            static[:] = [tree, [None if k else leaf for k, leaf in zip(kept, leaves, strict=True)], kept]
+            return [leaf for k, leaf in zip(kept, leaves, strict=True) if k]
+
+        arrays = [v for a, v in zip(is_array, values, strict=True) if a]
+        jaxpr = rewritten(jax.make_jaxpr(arrays_only)(*arrays), Part.BACKWARD)
+        results = iter(evaluate_jaxpr(jaxpr, *arrays))
+        tree, leaves, kept = static
+        return jax.tree.unflatten(tree, [next(results) if k else leaf for k, leaf in zip(kept, leaves, strict=True)])
+
+    return jax.extend.linear_util.wrap_init(call, debug_info=rule.debug_info)
+
+
+def _closed(jaxpr: Jaxpr, consts: Sequence[Any]) -> Jaxpr:
+    """Binds constants to a jaxpr."""
+    if hasattr(jaxpr, "with_consts"):  # JAX 0.12
+        return jaxpr.with_consts(consts) if consts else jaxpr
+    return jex.ClosedJaxpr(jaxpr, consts)
+
+
+def bilinear_primitive(
+    name: str,
+    *,
+    evaluate: Callable,
+    shape: Callable,
+    gradient_of_lhs: Callable,
+    gradient_of_rhs: Callable,
+    batched: Callable,
+) -> jex.Primitive:
+    """Returns a new primitive that is linear in each of its two operands.
+
+    Args:
+      name: how it prints.
+      evaluate: `(lhs, rhs, **params) -> array`, in JAX; also what it is lowered to.
+      shape: `(lhs shape, rhs shape, **params) -> (shape, dtype)`.
+      gradient_of_lhs, gradient_of_rhs: `(cotangent, lhs, rhs, **params) -> array`; of the operand asked for there is
+        only `.aval`.
+      batched: `((lhs, rhs), axes, **params) -> (array, axis)`, an axis being None where an operand has none.
+    """
+    primitive = jex.Primitive(name)
+
+    def abstract(lhs: Any, rhs: Any, **params: Any) -> Any:
+        return ShapedArray(*shape(lhs.shape, rhs.shape, **params))
+
+    primitive.def_impl(evaluate)
+    primitive.def_abstract_eval(abstract)
+    mlir.register_lowering(primitive, mlir.lower_fun(evaluate, multiple_results=False))
+    ad.defbilinear(primitive, gradient_of_lhs, gradient_of_rhs)
+    batching.primitive_batchers[primitive] = batched
+    return primitive

@@ -1,0 +1,141 @@
+"""A policy applied to a function: trace it, plan it, evaluate the plan."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from precision_lab.policy import Policy
+from precision_lab.rewrite.interpreter import evaluate
+from precision_lab.rewrite.plan import Plan, Planner
+from precision_lab.rewrite.sites import SiteTable
+
+
+class Traced(NamedTuple):
+    """A function traced at its arguments.
+
+    Attributes:
+      jaxpr: closed jaxpr over the arrays among the arguments.
+      arrays: those arrays.
+      origins: provenance of each: the path of a parameter, else None.
+      rebuild: puts output arrays back into the function's output.
+    """
+
+    jaxpr: Any
+    arrays: list[Any]
+    origins: list[str | None]
+    rebuild: Callable[[Sequence[Any]], Any]
+
+
+def apply_to_function(fn: Callable, policy: Policy) -> Callable:
+    """Returns `fn(params, *args, **kwargs)` under `policy`, with the same signature.
+
+    Products run in the policy's formats, in the forward and the backward pass; floating outputs are cast to its
+    output dtype. Parameters are used in the dtype in which they come (`policy.cast_to_param(params)` stores them in
+    the policy's); each is cast where it is used, never at entry.
+
+    Args:
+      fn: function whose first argument is a pytree of parameters. Arguments that are not arrays stay Python values.
+      policy: what to apply.
+
+    Raises (when called):
+      ValueError: a rule matches no site.
+    """
+
+    @functools.wraps(fn)
+    def wrapped(params: Any, *args: Any, **kwargs: Any) -> Any:
+        return policy.cast_to_output(call(fn, policy, params, *args, **kwargs))
+
+    return wrapped
+
+
+def call(fn: Callable, policy: Policy, params: Any, *args: Any, root: str = "", **kwargs: Any) -> Any:
+    """Returns `fn(params, *args, **kwargs)` with its products under `policy`; its outputs keep their dtypes.
+
+    Args:
+      fn, policy, params, args, kwargs: as in `apply_to_function`.
+      root: name scope to leave out of site paths.
+
+    Raises:
+      ValueError: a rule matches no site, or the policy needs 64-bit mode.
+    """
+    _require_x64(policy)
+    traced = trace(fn, params, args, kwargs)
+    plan, _ = planned(traced, policy, root)
+    return traced.rebuild(evaluate(plan, traced.jaxpr, traced.jaxpr.consts, traced.arrays))
+
+
+def sites_of_function(
+    fn: Callable, policy: Policy, params: Any, *args: Any, root: str = "", **kwargs: Any
+) -> SiteTable:
+    """Returns the sites of `fn(params, *args, **kwargs)` under `policy`; nothing is executed.
+
+    Arguments may be arrays or `jax.ShapeDtypeStruct`s.
+    """
+    return planned(trace(fn, params, args, kwargs), policy, root)[1]
+
+
+def planned(traced: Traced, policy: Policy, root: str) -> tuple[Plan, SiteTable]:
+    """Returns the plan and the sites of a traced function.
+
+    Raises:
+      ValueError: a rule of the policy matches no site.
+    """
+    planner = Planner(policy, root)
+    plan, _ = planner.walk(traced.jaxpr, traced.origins)
+    planner.require_every_rule_used()
+    table = planner.table()
+    if table and len(table.untouched) == len(table):
+        reasons = ", ".join(sorted({site.reason for site in table}))
+        warnings.warn(f"policy '{policy}' reaches none of the {len(table)} products: {reasons}.", stacklevel=3)
+    return plan, table
+
+
+def trace(fn: Callable, params: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Traced:
+    """Traces `fn(params, *args, **kwargs)` over the arrays among its arguments."""
+    leaves, tree = jax.tree.flatten((params, args, kwargs))
+    paths = [_path(path) for path, _ in jax.tree.leaves_with_path(params)]
+    given = [_is_array(leaf) for leaf in leaves]
+    origins = [*paths, *[None] * (len(leaves) - len(paths))]
+    static: list[Any] = []
+
+    def over_arrays(*arrays: Any) -> list[Any]:
+        values = iter(arrays)
+        full = [next(values) if is_array else leaf for is_array, leaf in zip(given, leaves, strict=True)]
+        inner_params, inner_args, inner_kwargs = jax.tree.unflatten(tree, full)
+        out, out_tree = jax.tree.flatten(fn(inner_params, *inner_args, **inner_kwargs))
+        static[:] = [out_tree, [None if _is_array(leaf) else leaf for leaf in out], [_is_array(leaf) for leaf in out]]
+        return [leaf for leaf in out if _is_array(leaf)]
+
+    arrays = [leaf for is_array, leaf in zip(given, leaves, strict=True) if is_array]
+    jaxpr = jax.make_jaxpr(over_arrays)(*arrays)
+    out_tree, out_leaves, out_given = static
+
+    def rebuild(out: Sequence[Any]) -> Any:
+        values = iter(out)
+        full = [next(values) if is_array else leaf for is_array, leaf in zip(out_given, out_leaves, strict=True)]
+        return jax.tree.unflatten(out_tree, full)
+
+    return Traced(jaxpr, arrays, [o for is_array, o in zip(given, origins, strict=True) if is_array], rebuild)
+
+
+def _is_array(leaf: Any) -> bool:
+    """Returns whether a leaf is traced; Python scalars, strings and the like stay what they are."""
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
+
+
+def _path(path: Sequence[Any]) -> str:
+    """Writes a pytree path as `blocks/0/att/kernel`."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def _require_x64(policy: Policy) -> None:
+    """Raises if the policy needs float64 arrays that JAX would silently make float32."""
+    wanted = [key for key in ("params", "compute", "output") if getattr(policy, key).name == "float64"]
+    if wanted and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+        raise ValueError(f"{wanted[0]}=float64 needs 64-bit mode: jax.config.update('jax_enable_x64', True).")

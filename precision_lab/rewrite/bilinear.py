@@ -1,0 +1,165 @@
+"""Bilinear operations: what a product multiplies, apart from the formats it multiplies in.
+
+Two kinds: matrix products of batches, to which every dot_general is brought, and convolutions. Each can be evaluated,
+transposed in either operand (which gives a bilinear operation of the same kind) and batched. No dtype appears here
+but the accumulator's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from precision_lab.rewrite import _compat
+
+
+class Term(NamedTuple):
+    """A product waiting to be taken: an operation and its two operands."""
+
+    op: Any
+    lhs: jax.Array
+    rhs: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Matmul:
+    """The product of (..., M, K) and (..., K, N), with the same leading axes.
+
+    Transposes are written out, never left to the product, because XLA on CPU has no bfloat16 kernel for some orders.
+    """
+
+    def shape(self, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the shape of the product."""
+        return (*lhs[:-1], rhs[-1])
+
+    def multiply(self, lhs: jax.Array, rhs: jax.Array, accum: Any) -> jax.Array:
+        """Returns the product in the dtype `accum`, in which it accumulates."""
+        leading = tuple(range(lhs.ndim - 2))
+        numbers = (((lhs.ndim - 1,), (rhs.ndim - 2,)), (leading, leading))
+        return lax.dot_general(lhs, rhs, numbers, preferred_element_type=accum)
+
+    def to_lhs(self, cotangent: jax.Array, lhs: Any, rhs: jax.Array) -> Term:
+        """Returns the product that is the gradient of the left operand."""
+        return Term(self, cotangent, rhs.swapaxes(-1, -2))
+
+    def to_rhs(self, cotangent: jax.Array, lhs: jax.Array, rhs: Any) -> Term:
+        """Returns the product that is the gradient of the right operand."""
+        return Term(self, lhs.swapaxes(-1, -2), cotangent)
+
+    def batched(self, lhs: Any, rhs: Any, axes: tuple[int | None, int | None]) -> tuple[Term, Callable]:
+        """Returns one product for a batch of them, and what puts the batch axis of its result first.
+
+        A batch of one operand only joins that operand's kept axis, so that the other is not repeated.
+        """
+        if axes[0] is not None and axes[1] is not None:
+            return Term(self, jnp.moveaxis(lhs, axes[0], 0), jnp.moveaxis(rhs, axes[1], 0)), lambda out: out
+        if axes[0] is not None:
+            wide = jnp.moveaxis(lhs, axes[0], -3)
+            folded = wide.reshape((*wide.shape[:-3], -1, wide.shape[-1]))
+            return Term(self, folded, rhs), lambda out: jnp.moveaxis(
+                out.reshape((*wide.shape[:-1], out.shape[-1])), -3, 0
+            )
+        assert axes[1] is not None
+        wide = jnp.moveaxis(rhs, axes[1], -2)
+        folded = wide.reshape((*wide.shape[:-2], -1))
+        return Term(self, lhs, folded), lambda out: jnp.moveaxis(
+            out.reshape((*out.shape[:-1], *wide.shape[-2:])), -2, 0
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """A convolution and the layout operations around it, as a float32 jaxpr of (lhs, rhs).
+
+    What the transposes and batches of a convolution are (dilated, grouped, flipped) is left to JAX, which is asked in
+    float32; what it answers is again a jaxpr with one convolution in it.
+    """
+
+    jaxpr: Any
+
+    def shape(self, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the shape of the result."""
+        del lhs, rhs
+        return self.jaxpr.out_avals[0].shape
+
+    def multiply(self, lhs: jax.Array, rhs: jax.Array, accum: Any) -> jax.Array:
+        """Returns the convolution in the dtype `accum`, in which it accumulates."""
+        values = dict(zip(self.jaxpr.jaxpr.invars, (lhs, rhs), strict=True))
+        for eqn in self.jaxpr.jaxpr.eqns:
+            given = [atom.val if _compat.is_literal(atom) else values[atom] for atom in eqn.invars]
+            if eqn.primitive.name == "conv_general_dilated":
+                out = [eqn.primitive.bind(*given, **(eqn.params | {"preferred_element_type": accum}))]
+            else:
+                out = _compat.bind(eqn, given)
+            values.update(zip(eqn.outvars, out, strict=True))
+        return values[self.jaxpr.jaxpr.outvars[0]]
+
+    def to_lhs(self, cotangent: jax.Array, lhs: Any, rhs: jax.Array) -> Term:
+        """Returns the convolution that is the gradient of the left operand."""
+        return Term(_transposed(self, 0, tuple(lhs.aval.shape), rhs.shape), cotangent, rhs)
+
+    def to_rhs(self, cotangent: jax.Array, lhs: jax.Array, rhs: Any) -> Term:
+        """Returns the convolution that is the gradient of the right operand."""
+        return Term(_transposed(self, 1, lhs.shape, tuple(rhs.aval.shape)), lhs, cotangent)
+
+    def batched(self, lhs: Any, rhs: Any, axes: tuple[int | None, int | None]) -> tuple[Term, Callable]:
+        """Returns one convolution for a batch of them; its batch axis is first already."""
+        return Term(_vmapped(self, axes, lhs.shape, rhs.shape), lhs, rhs), lambda out: out
+
+    def __call__(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        """Evaluates in float32; for tracing."""
+        return _compat.evaluate_jaxpr(self.jaxpr, lhs, rhs)[0]
+
+
+@functools.cache
+def convolution(
+    primitive: Any, params: tuple[tuple[str, Any], ...], lhs: tuple[int, ...], rhs: tuple[int, ...]
+) -> Convolution:
+    """Returns a convolution equation as an operation; the same object for the same convolution."""
+    options = dict(params) | {"preferred_element_type": None}
+    return _traced(lambda x, y: primitive.bind(x, y, **options), lhs, rhs)
+
+
+@functools.cache
+def _transposed(op: Convolution, operand: int, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> Convolution:
+    """Returns the transpose in one operand, the cotangent in its place."""
+    out = op.shape(lhs, rhs)
+    like = jax.ShapeDtypeStruct((lhs, rhs)[operand], jnp.float32)
+    if operand == 0:
+        return _traced(lambda ct, y: jax.linear_transpose(lambda x: op(x, y), like)(ct)[0], out, rhs)
+    return _traced(lambda x, ct: jax.linear_transpose(lambda y: op(x, y), like)(ct)[0], lhs, out)
+
+
+@functools.cache
+def _vmapped(
+    op: Convolution, axes: tuple[int | None, int | None], lhs: tuple[int, ...], rhs: tuple[int, ...]
+) -> Convolution:
+    """Returns the operation over a batch, whose axis is first in the result."""
+    return _traced(jax.vmap(op, axes), lhs, rhs)
+
+
+def _traced(fn: Callable, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> Convolution:
+    """Traces a function of two float32 arrays."""
+    return Convolution(jax.make_jaxpr(fn)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (lhs, rhs))))
+
+
+def as_matmul(lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any) -> tuple[Term, Callable]:
+    """Returns the matrix product that a dot_general is, and what gives its result the dot_general's shape."""
+    (lhs_contracted, rhs_contracted), (lhs_batch, rhs_batch) = dimension_numbers
+    lhs_kept = [axis for axis in range(lhs.ndim) if axis not in (*lhs_batch, *lhs_contracted)]
+    rhs_kept = [axis for axis in range(rhs.ndim) if axis not in (*rhs_batch, *rhs_contracted)]
+    batch = tuple(lhs.shape[axis] for axis in lhs_batch)
+    rows = tuple(lhs.shape[axis] for axis in lhs_kept)
+    columns = tuple(rhs.shape[axis] for axis in rhs_kept)
+    inner = math.prod(lhs.shape[axis] for axis in lhs_contracted)
+    stack = (math.prod(batch),) if batch else ()
+    left = lhs.transpose((*lhs_batch, *lhs_kept, *lhs_contracted)).reshape((*stack, math.prod(rows), inner))
+    right = rhs.transpose((*rhs_batch, *rhs_contracted, *rhs_kept)).reshape((*stack, inner, math.prod(columns)))
+    return Term(Matmul(), left, right), lambda out: out.reshape((*batch, *rows, *columns))

@@ -1,0 +1,116 @@
+"""The interpreter: evaluates a jaxpr as its plan says, and all else as it stood.
+
+Control flow with something to do inside is rebuilt through JAX's public transformations, so the result can be jitted,
+differentiated, batched, scanned and sharded like any function; a jaxpr with nothing to do is bound untouched.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+
+from precision_lab.rewrite import _compat
+from precision_lab.rewrite.cast import Casting, cast_product
+from precision_lab.rewrite.plan import Cast, Enter, Plan
+
+Values = list[Any]
+
+
+def evaluate(plan: Plan, jaxpr: Any, consts: Sequence[Any], operands: Sequence[Any]) -> Values:
+    """Returns the outputs of a jaxpr, evaluated as `plan` says."""
+    values = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, operands, strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if _compat.is_literal(atom) else values[atom]
+
+    for step, eqn in zip(plan.steps, jaxpr.eqns, strict=True):
+        given = [read(atom) for atom in eqn.invars]
+        with _compat.as_traced(eqn):
+            values.update(zip(eqn.outvars, _execute(step, eqn, given), strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _execute(step: Cast | Enter | None, eqn: Any, given: Values) -> Values:
+    """Evaluates one equation."""
+    if step is None:
+        return _compat.bind(eqn, given)
+    if isinstance(step, Cast):
+        how = Casting(step.compute, step.accum, eqn.outvars[0].aval.dtype, step.parameters)
+        return [cast_product(eqn, given[0], given[1], how, of_tangents=step.of_tangents)]
+    if eqn.primitive.name in _compat.CUSTOM_RULES:
+        return _compat.bind_custom_rule(eqn, given, functools.partial(_rewritten, step))
+    inner = [_callable(plan, part.jaxpr) for plan, part in zip(step.plans, _compat.inner_jaxprs(eqn), strict=True)]
+    return list(_REBUILD[eqn.primitive.name](eqn, inner, given))
+
+
+def _callable(plan: Plan, jaxpr: Any) -> Callable[..., Values]:
+    """Returns the function that a planned jaxpr computes."""
+    return lambda *operands: evaluate(plan, jaxpr, _compat.consts_of(jaxpr), operands)
+
+
+def _rewritten(step: Enter, jaxpr: Any, part: _compat.Part) -> Any:
+    """Returns a jaxpr of the same signature, rewritten."""
+    plan = step.replan(jaxpr, part)
+    if plan.is_empty:
+        return jaxpr
+    avals = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=getattr(a, "weak_type", False)) for a in _avals(jaxpr)]
+    return jax.make_jaxpr(_callable(plan, jaxpr))(*avals)
+
+
+def _avals(jaxpr: Any) -> Values:
+    """Returns the abstract inputs of a jaxpr."""
+    return [atom.aval for atom in jaxpr.invars]
+
+
+def _jit(eqn: Any, inner: Sequence[Callable], given: Values) -> Values:
+    """Rebuilds a jit, so that its name stays in profiles and its body is compiled once."""
+    run = inner[0]
+    run.__name__ = eqn.params["name"]
+    shardings = {key: _given_shardings(eqn.params[key]) for key in ("in_shardings", "out_shardings")}
+    return jax.jit(run, **{key: value for key, value in shardings.items() if any(value)})(*given)
+
+
+def _given_shardings(shardings: Sequence[Any]) -> Any:
+    """Returns the shardings of a jit, None where it leaves them open."""
+    return [sharding if isinstance(sharding, jax.sharding.Sharding) else None for sharding in shardings]
+
+
+def _remat(eqn: Any, inner: Sequence[Callable], given: Values) -> Values:
+    """Rebuilds a checkpoint."""
+    return jax.checkpoint(inner[0], prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])(*given)
+
+
+def _scan(eqn: Any, inner: Sequence[Callable], given: Values) -> Values:
+    """Rebuilds a scan."""
+    consts, carry = _compat.scan_arity(eqn)
+
+    def body(state: Values, x: Values) -> tuple[Values, Values]:
+        out = inner[0](*given[:consts], *state, *x)
+        return out[:carry], out[carry:]
+
+    options = {key: eqn.params[key] for key in ("length", "reverse", "unroll")}
+    state, ys = lax.scan(body, given[consts : consts + carry], given[consts + carry :], **options)
+    return [*state, *ys]
+
+
+def _while(eqn: Any, inner: Sequence[Callable], given: Values) -> Values:
+    """Rebuilds a while loop."""
+    cond, body = eqn.params["cond_nconsts"], eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
+    return lax.while_loop(
+        lambda state: inner[0](*given[:cond], *state)[0],
+        lambda state: inner[1](*given[cond:body], *state),
+        given[body:],
+    )
+
+
+def _cond(eqn: Any, inner: Sequence[Callable], given: Values) -> Values:
+    """Rebuilds a cond or switch."""
+    return lax.switch(given[0], inner, *given[1:])
+
+
+_REBUILD = {"scan": _scan, "while": _while, "cond": _cond}
+_REBUILD |= dict.fromkeys(_compat.JITS, _jit) | dict.fromkeys(_compat.REMATS, _remat)

@@ -1,0 +1,273 @@
+"""The rewrite through control flow, custom derivatives and odd signatures."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from precision_lab.policy import Policy
+from precision_lab.rewrite import apply_to_function, sites_of_function
+from tests.jaxprs import assert_same_bits, equations, products
+
+BFLOAT16 = Policy.preset("bfloat16_mixed")
+LOW = ("bfloat16", "bfloat16", "float32")
+
+
+@jax.custom_jvp
+def doubled_jvp(a, b):
+    """A product whose derivative rule is twice the true one, so that losing the rule shows."""
+    return a @ b
+
+
+@doubled_jvp.defjvp
+def _(primals, tangents):
+    (a, b), (da, db) = primals, tangents
+    return doubled_jvp(a, b), 2 * (da @ b + a @ db)
+
+
+@jax.custom_vjp
+def doubled_vjp(a, b):
+    """The same as a custom_vjp."""
+    return a @ b
+
+
+doubled_vjp.defvjp(lambda a, b: (a @ b, (a, b)), lambda kept, g: (2 * g @ kept[1].T, 2 * kept[0].T @ g))
+
+STRUCTURES = {
+    "plain": lambda w, x: x @ w,
+    "jit": lambda w, x: jax.jit(lambda w, x: x @ w)(w, x),
+    "scan": lambda w, x: lax.scan(lambda c, _: (c @ w, c), x, None, length=3)[0],
+    "scan over weights": lambda w, x: lax.scan(lambda c, v: (c @ v, None), x, jnp.stack([w, 2 * w]))[0],
+    "scan reversed": lambda w, x: lax.scan(lambda c, v: (c @ v, c), x, jnp.stack([w, 2 * w]), reverse=True)[1].sum(0),
+    "fori": lambda w, x: lax.fori_loop(0, 3, lambda _, c: c @ w, x),
+    "cond": lambda w, x: lax.cond(x.sum() > 0, lambda x: x @ w, lambda x: 2 * x @ w, x),
+    "switch": lambda w, x: lax.switch(1, [lambda x: x, lambda x: x @ w, lambda x: 2 * x @ w], x),
+    "remat": lambda w, x: jax.checkpoint(lambda w, x: jnp.tanh(x @ w) @ w)(w, x),
+    "remat with policy": lambda w, x: jax.checkpoint(
+        lambda w, x: jnp.tanh(x @ w) @ w, policy=jax.checkpoint_policies.dots_saveable
+    )(w, x),
+    "custom_jvp": lambda w, x: doubled_jvp(x, w),
+    "custom_vjp": lambda w, x: doubled_vjp(x, w),
+    "custom_jvp in scan": lambda w, x: lax.scan(lambda c, _: (doubled_jvp(c, w), None), x, None, length=2)[0],
+    "custom_vjp in remat": lambda w, x: jax.checkpoint(lambda w, x: jnp.sin(doubled_vjp(x, w)))(w, x),
+    "vmap": lambda w, x: jax.vmap(lambda row: row @ w)(x),
+    "nested": lambda w, x: jax.jit(
+        lambda w, x: lax.scan(lambda c, _: (jax.checkpoint(lambda c: c @ w)(c), None), x, None, length=2)[0]
+    )(w, x),
+}
+
+
+def operands():
+    """Small integers, which bfloat16 holds exactly: there, a policy must change nothing at all."""
+    rng = np.random.default_rng(0)
+    draw = [rng.integers(-2, 3, (3, 3)) for _ in range(2)]
+    return tuple(jnp.asarray(x, jnp.float32) for x in draw)
+
+
+def loss_of(structure):
+    return lambda w, x: jnp.sum(STRUCTURES[structure](w, x))
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_every_product_in_every_structure_is_cast_forward_and_backward(structure):
+    grad = jax.grad(apply_to_function(loss_of(structure), BFLOAT16))
+
+    found = products(grad, *operands())
+
+    assert found
+    assert set(found) == {LOW}
+
+
+@pytest.mark.parametrize("structure", [s for s in STRUCTURES if "remat" not in s])
+def test_values_and_gradients_are_exact_where_every_number_is_exact_in_the_format(structure):
+    w, x = operands()
+    x = x / 4
+
+    under = jax.jit(jax.value_and_grad(apply_to_function(loss_of(structure), BFLOAT16)))
+
+    assert_same_bits(under(w, x), jax.jit(jax.value_and_grad(loss_of(structure)))(w, x))
+
+
+def test_a_while_loop_is_cast_in_its_body_and_in_its_condition():
+    def count(w, x):
+        return lax.while_loop(lambda s: jnp.sum(s[1] @ w) < 100, lambda s: (s[0] + 1, s[1] @ w), (0, x))
+
+    w, x = 2 * jnp.eye(2), jnp.ones((1, 2))
+    under = apply_to_function(count, BFLOAT16)
+
+    assert set(products(under, w, x)) == {LOW}
+    assert_same_bits(jax.jit(under)(w, x), count(w, x))
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_the_float32_policy_leaves_the_jaxpr_of_a_float32_function_as_it_is(structure):
+    w, x = operands()
+    under = apply_to_function(STRUCTURES[structure], Policy())
+
+    names = [eqn.primitive.name for eqn in equations(jax.make_jaxpr(under)(w, x))]
+
+    assert names == [eqn.primitive.name for eqn in equations(jax.make_jaxpr(STRUCTURES[structure])(w, x))]
+    assert_same_bits(
+        jax.jit(jax.value_and_grad(lambda w: jnp.sum(under(w, x))))(w),
+        jax.jit(jax.value_and_grad(lambda w: loss_of(structure)(w, x)))(w),
+    )
+
+
+def test_what_a_policy_must_leave_alone_is_bit_identical_and_listed_with_its_reason():
+    def mixed(params, n, x64):
+        exact = jnp.einsum("i,j->ij", n.astype(jnp.float32), params["w"][0], precision="highest")
+        return exact, n @ n, params["w"] @ params["w"]
+
+    params, n = {"w": jnp.asarray([[1.0, 2.0], [3.0, 4.0]])}, jnp.arange(257, 259)
+    under = apply_to_function(mixed, BFLOAT16)
+
+    assert_same_bits(under(params, n, None)[:2], mixed(params, n, None)[:2])
+    table = sites_of_function(mixed, BFLOAT16, params, n, None)
+    assert [site.reason for site in table] == ["explicit precision HIGHEST", "int32 operand", ""]
+    assert [site.compute.name for site in table if site.compute] == ["bfloat16"]
+    assert len(table.untouched) == 2
+
+
+def test_a_rule_reaches_a_product_with_explicit_precision():
+    def exact(w, x):
+        return jnp.matmul(x, w, precision="highest")
+
+    asked = Policy().with_rule("**", compute="bfloat16")
+
+    assert products(apply_to_function(exact, asked), *operands()) == [LOW]
+
+
+def test_a_policy_that_reaches_nothing_warns():
+    under = apply_to_function(lambda n: n @ n, BFLOAT16)
+
+    with pytest.warns(UserWarning, match="reaches none of the 1 products: int32 operand"):
+        under(jnp.arange(3))
+
+
+def test_products_inside_what_is_not_entered_are_listed():
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec()
+    inside = jax.shard_map(lambda w, x: x @ w, mesh=mesh, in_specs=(spec, spec), out_specs=spec)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        table = sites_of_function(inside, BFLOAT16, *operands())
+
+    assert [site.reason for site in table] == ["inside shard_map, which policies do not enter"]
+
+
+def test_rules_act_on_the_sites_they_name_and_no_others():
+    params = {"up": {"kernel": jnp.ones((3, 3))}, "down": {"kernel": jnp.ones((3, 3))}}
+
+    def mlp(params, x):
+        with jax.named_scope("scores"):
+            x = x @ x
+        return x @ params["up"]["kernel"].T.reshape(3, 3) @ params["down"]["kernel"]
+
+    policy = BFLOAT16.with_rule("**/down/**", compute="float32").with_rule("scores:*", compute="float16")
+    under = apply_to_function(mlp, policy)
+
+    assert [lhs for lhs, _, _ in products(under, params, jnp.ones((3, 3)))] == ["float16", "bfloat16", "float32"]
+    names = [site.name for site in sites_of_function(mlp, policy, params, jnp.ones((3, 3)))]
+    assert names == ["scores:dot_general#0", "up/kernel", "down/kernel"]
+
+
+def test_a_rule_that_matches_nothing_is_an_error_that_names_the_nearest_site():
+    policy = BFLOAT16.with_rule("**/doun/**", compute="float32")
+    under = apply_to_function(lambda p, x: x @ p["down"]["kernel"], policy)
+
+    with pytest.raises(
+        ValueError, match=r"1 of 1 rules matched no site: '\*\*/doun/\*\*'. Nearest site: 'down/kernel'"
+    ):
+        under({"down": {"kernel": jnp.ones((2, 2))}}, jnp.ones((2, 2)))
+
+
+def test_the_path_of_a_parameter_survives_scans_casts_and_slices():
+    params = {"blocks": jnp.ones((4, 3, 3)), "table": jnp.ones((7, 3), jnp.bfloat16)}
+
+    def model(params, x):
+        x = lax.scan(lambda c, w: (jax.jit(lambda c: c @ w)(c), None), x, params["blocks"])[0]
+        return x @ params["table"].astype(jnp.float32).T[:, :5]
+
+    table = sites_of_function(model, BFLOAT16, params, jnp.ones((2, 3)))
+
+    assert [site.path for site in table] == ["blocks", "table"]
+    assert all(site.has_parameter for site in table)
+
+
+def test_a_parameter_used_twice_is_two_sites_and_rules_can_tell_them_apart():
+    policy = BFLOAT16.with_rule("w:dot_general#1", compute="float32")
+    under = apply_to_function(lambda p, x: x @ p["w"] @ p["w"], policy)
+
+    assert [lhs for lhs, _, _ in products(under, {"w": jnp.eye(2)}, jnp.eye(2))] == ["bfloat16", "float32"]
+
+
+def test_rules_tell_sites_apart_inside_a_custom_derivative_too():
+    @jax.custom_vjp
+    def two(w, x):
+        return x @ w @ w
+
+    two.defvjp(lambda w, x: (x @ w @ w, (w, x)), lambda kept, g: (kept[0] * g.sum(), g))
+    policy = BFLOAT16.with_rule("w:dot_general#2", compute="float32")
+    under = apply_to_function(lambda p, x: two(p["w"], x @ p["w"]), policy)
+
+    def forward(p, x):
+        return jax.vjp(under, p, x)[0]
+
+    expected = ["bfloat16", "bfloat16", "float32"]
+    assert [lhs for lhs, _, _ in products(under, {"w": jnp.eye(2)}, jnp.eye(2))] == expected
+    assert [lhs for lhs, _, _ in products(forward, {"w": jnp.eye(2)}, jnp.eye(2))] == expected
+
+
+def test_arguments_and_results_that_are_not_arrays_stay_python_values():
+    def fn(params, x, scale=1, *, train, mode="sum"):
+        assert isinstance(scale, int)
+        assert train is True
+        return {"out": getattr(jnp, mode)(x @ params) * scale, "mode": mode, "n": 3, "none": None}
+
+    out = apply_to_function(fn, BFLOAT16)(jnp.eye(2), jnp.eye(2), 5, train=True)
+
+    assert (out["out"], out["mode"], out["n"], out["none"]) == (10.0, "sum", 3, None)
+
+
+def test_outputs_are_cast_and_nothing_else_in_them():
+    under = apply_to_function(lambda w, x: (x @ w, jnp.arange(2), jax.random.key(0)), Policy.parse("c=f16"))
+
+    out, integers, key = under(*operands())
+
+    assert (out.dtype, integers.dtype) == (jnp.float16, jnp.int32)
+    assert jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+
+
+def test_closed_over_values_and_outer_transformations_are_fine():
+    w, x = operands()
+
+    def outer(w):
+        under = apply_to_function(lambda p, x: x @ p * w.sum(), BFLOAT16)
+        return jnp.sum(jax.vmap(lambda row: under(w, row[None]))(x))
+
+    plain = jax.grad(lambda w: jnp.sum(x @ w * w.sum()))(w)
+    np.testing.assert_array_equal(jax.jit(jax.grad(outer))(w), plain)
+
+
+def test_names_of_jits_and_scopes_survive_the_rewrite():
+    @jax.jit
+    def attention(w, x):
+        with jax.named_scope("scores"):
+            return x @ w
+
+    jaxpr = jax.make_jaxpr(apply_to_function(attention, BFLOAT16))(*operands())
+
+    assert "attention" in {eqn.params.get("name") for eqn in equations(jaxpr)}
+    scopes = [str(eqn.source_info.name_stack) for eqn in equations(jaxpr) if eqn.primitive.name == "custom_jvp_call"]
+    assert scopes == ["scores"]
+
+
+def test_library_code_works_under_strict_dtype_promotion():
+    with jax.numpy_dtype_promotion("strict"):
+        grads = jax.grad(apply_to_function(loss_of("nested"), BFLOAT16))(*operands())
+
+    assert grads.dtype == jnp.float32
