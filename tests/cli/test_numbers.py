@@ -1,0 +1,118 @@
+"""The commands formats, bits and memory: what they print, their JSON, and how bad input ends."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from precision_lab import formats
+from precision_lab.cli import numbers
+
+
+@pytest.fixture
+def run():
+    app = typer.Typer()
+    numbers.register(app)
+
+    def invoke(*arguments: str):
+        return CliRunner().invoke(app, list(arguments))
+
+    return invoke
+
+
+def data(result):
+    """Returns what a successful command printed as JSON."""
+    assert result.exit_code == 0, result.output
+    return json.loads(result.output)
+
+
+def test_formats_lists_the_whole_catalogue(run):
+    text = run("formats")
+    rows = data(run("formats", "--json"))
+
+    assert [row["name"] for row in rows] == list(formats.FORMATS)
+    assert all(name in text.output for name in formats.FORMATS)
+    assert text.exit_code == 0
+
+
+@pytest.mark.parametrize("name", formats.FORMATS)
+def test_formats_shows_one_format_with_its_source(run, name):
+    fmt = formats.format(name)
+
+    shown, row = run("formats", name), data(run("formats", name, "--json"))
+
+    assert shown.exit_code == 0
+    assert fmt.source[:30] in shown.output
+    assert (row["max"], row["min_subnormal"], row["source"]) == (fmt.max, fmt.min_subnormal, fmt.source)
+    assert ("values, to scale" in shown.output) == (fmt.bits <= 8)
+
+
+def test_bits_shows_fields_and_neighbours(run):
+    """0.1 in float16, worked by hand in tests/formats/test_inspect.py."""
+    text, row = run("bits", "0.1", "--format", "float16"), data(run("bits", "0.1", "--format", "float16", "--json"))
+
+    assert "0 01011 1001100110" in text.output
+    assert "819 * 2^-13" in text.output
+    assert (row["sign"], row["exponent"], row["mantissa"], row["code"]) == ("0", "01011", "1001100110", "0x2e66")
+    assert (row["value"], row["below"], row["above"]) == (0.0999755859375, 0.09991455078125, 0.10003662109375)
+
+
+def test_bits_takes_negative_numbers_and_specials(run):
+    assert data(run("bits", "-0.1", "--format", "bf16", "--json"))["sign"] == "1"
+    assert data(run("bits", "-inf", "--format", "bf16", "--json"))["value"] == "-inf"
+    assert data(run("bits", "1e9", "--format", "e4m3fn", "--json"))["category"] == "nan"
+    assert data(run("bits", "1e9", "--format", "e4m3fn", "--overflow", "saturate", "--json"))["value"] == 448
+    assert data(run("bits", "0.1", "--format", "f16", "--rounding", "up", "--json"))["value"] == 0.10003662109375
+    assert "beyond the largest value" in run("bits", "300", "--format", "int8").output
+    assert run("bits", "nan", "--format", "f32").exit_code == 0
+
+
+def test_memory_of_70_billion_parameters(run):
+    rows = data(run("memory", "--params", "70e9", "--json"))
+
+    values = {row["format"]: row["values_gb"] for row in rows["weights"]}
+    totals = {row["format"]: row["total_gb"] for row in rows["weights"]}
+    assert values == {"float32": 280, "bfloat16": 140, "float16": 140, "float8_e4m3fn": 70, "int8": 70, "int4": 35}
+    assert (totals["float32"], totals["int4"]) == (280, 43.75)
+    assert "43.75" in run("memory", "--params", "70B").output
+
+
+def test_memory_of_training_follows_the_policy(run):
+    """16 bytes per parameter are ZeRO's figure for float16 with a float32 master under Adam."""
+    chosen = run("memory", "-n", "1.5B", "--policy", "float16_pure", "--master", "float32", "--json")
+    text = run("memory", "-n", "1.5B", "--format", "int4", "--group", "128", "--scale-format", "f16")
+
+    [row] = data(chosen)["training"]
+    assert (row["total_gb"], row["bytes_per_parameter"]) == (24, 16)
+    assert "4.125" in text.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["formats", "flaot16"], "unknown format 'flaot16'. Nearest: .*'float16'"),
+        (["bits", "0.1", "--format", "bfloat61"], "unknown format 'bfloat61'. Nearest: .*'bfloat16'"),
+        (["bits", "zero", "--format", "bf16"], "expected a number such as 0.1"),
+        (["bits", "1", "--rounding", "nearest"], "rounding must be one of nearest_even"),
+        (["memory", "--params", "many"], "expected a positive number of parameters"),
+        (["memory", "--params", "7B", "--format", "int44"], "unknown format 'int44'"),
+        (["memory", "--params", "7B", "--optimizer", "lion"], "optimizer must be one of sgd, momentum, adam"),
+        (["memory", "--params", "7B", "--policy", "compute=bf61"], "bf61"),
+    ],
+)
+def test_bad_input_raises_one_line_and_prints_nothing(run, arguments, message):
+    result = run(*arguments)
+
+    assert isinstance(result.exception, ValueError)
+    assert result.output == ""
+    with pytest.raises(ValueError, match=message):
+        raise result.exception
+
+
+def test_commands_do_not_import_jax():
+    code = "import sys; from precision_lab.cli import numbers; assert 'jax' not in sys.modules"
+
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
