@@ -1,0 +1,273 @@
+"""The run config: everything that decides the numbers of one training run, as data. JAX is not imported here.
+
+    RunConfig.model_validate({
+        "model": {"kind": "mlp", "hidden": [128, 128]},
+        "data": {"kind": "digits", "batch": 64},
+        "optim": {"kind": "adam", "lr": 1e-3},
+        "policy": "params=float16,compute=float16,output=float32",
+        "master_weights": True,
+        "loss_scale": {"kind": "dynamic"},
+        "train": {"steps": 500},
+    })
+
+Two configs that are equal train to the same numbers; how a run is watched or stored is not part of it.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from precision_lab.data.config import AnyData
+from precision_lab.models.config import AnyModel
+from precision_lab.models.fields import (
+    Bool,
+    Float,
+    Fraction,
+    FrozenConfig,
+    Int,
+    NotNegative,
+    PositiveFloat,
+    PositiveInt,
+    located_error,
+)
+from precision_lab.models.registry import Registry
+from precision_lab.policy import Policy
+
+_STORABLE = ("float32", "bfloat16", "float16")
+
+Scale = Annotated[Float, Field(ge=2.0**-126, le=2.0**126)]
+"""A loss scale: normal in float32, and its reciprocal too."""
+
+
+class _Tagged(FrozenConfig):
+    """Base of the small unions below."""
+
+    kind: str
+
+
+class ScheduleConfig(_Tagged):
+    """Base of the learning-rate schedules; each gives a factor on `lr`."""
+
+
+class ConstantSchedule(ScheduleConfig):
+    """Factor 1 at every step."""
+
+    kind: Literal["constant"] = "constant"
+
+
+class CosineSchedule(ScheduleConfig):
+    """Half a cosine from 1 at the first step to `end` at the last (Loshchilov and Hutter, arXiv:1608.03983)."""
+
+    kind: Literal["cosine"] = "cosine"
+    end: Fraction = 0.0
+
+
+class WarmupCosineSchedule(ScheduleConfig):
+    """A line from 0 to 1 over `warmup` steps, then half a cosine to `end` at the last step."""
+
+    kind: Literal["warmup_cosine"] = "warmup_cosine"
+    warmup: PositiveInt
+    end: Fraction = 0.0
+
+
+class OptimConfig(_Tagged):
+    """Base of the optimizers. `clip_norm` clips the unscaled gradient's global norm in float32."""
+
+    lr: PositiveFloat
+    clip_norm: PositiveFloat | None = None
+    schedule: "AnySchedule" = ConstantSchedule()
+
+
+class SGDConfig(OptimConfig):
+    """Gradient descent with momentum; `weight_decay` is added to the gradient, as in the original."""
+
+    kind: Literal["sgd"] = "sgd"
+    momentum: Fraction = 0.0
+    nesterov: Bool = False
+    weight_decay: NotNegative = 0.0
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> "SGDConfig":
+        if self.nesterov and self.momentum == 0:
+            message = "nesterov needs momentum: set momentum (such as 0.9) or drop nesterov"
+            raise located_error(("nesterov",), message, self.nesterov)
+        return self
+
+
+class AdamConfig(OptimConfig):
+    """Adam (Kingma and Ba, arXiv:1412.6980)."""
+
+    kind: Literal["adam"] = "adam"
+    b1: Fraction = 0.9
+    b2: Fraction = 0.999
+    eps: PositiveFloat = 1e-8
+
+
+class AdamWConfig(OptimConfig):
+    """Adam with weight decay apart from the gradient (Loshchilov and Hutter, arXiv:1711.05101)."""
+
+    kind: Literal["adamw"] = "adamw"
+    b1: Fraction = 0.9
+    b2: Fraction = 0.999
+    eps: PositiveFloat = 1e-8
+    weight_decay: NotNegative = 1e-2
+
+
+class LossScaleConfig(_Tagged):
+    """Base of the loss scales; see `precision_lab.optim.loss_scaling`."""
+
+
+class NoLossScaleConfig(LossScaleConfig):
+    """The loss is not scaled, and every step is applied."""
+
+    kind: Literal["none"] = "none"
+
+
+class StaticLossScaleConfig(LossScaleConfig):
+    """The loss is multiplied by `scale`; a step with a non-finite gradient is skipped."""
+
+    kind: Literal["static"] = "static"
+    scale: Scale
+
+
+class DynamicLossScaleConfig(LossScaleConfig):
+    """The scale doubles after `interval` finite steps and halves after one that is not, which is skipped."""
+
+    kind: Literal["dynamic"] = "dynamic"
+    init: Scale = 65536.0
+    growth: Annotated[Float, Field(gt=1)] = 2.0
+    backoff: Annotated[Float, Field(gt=0, lt=1)] = 0.5
+    interval: PositiveInt = 2000
+    min: Scale = 1.0
+    max: Scale = 2.0**24
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "DynamicLossScaleConfig":
+        if not self.min <= self.init <= self.max:
+            message = f"expected min <= init <= max: min is {self.min:g}, init {self.init:g}, max {self.max:g}"
+            raise located_error(("init",), message, self.init)
+        return self
+
+
+def _registry(noun: str, base: type, *classes: type) -> Registry:
+    """Returns a registry of config classes that nothing has to build by kind."""
+    registry: Registry = Registry(noun, base)
+    for cls in classes:
+        registry.register(cls.model_fields["kind"].default, cls, "")  # type: ignore[attr-defined]
+    return registry
+
+
+_SCHEDULES = _registry("schedule", ScheduleConfig, ConstantSchedule, CosineSchedule, WarmupCosineSchedule)
+_LOSS_SCALES = _registry(
+    "loss scale", LossScaleConfig, NoLossScaleConfig, StaticLossScaleConfig, DynamicLossScaleConfig
+)
+AnySchedule = Annotated[ConstantSchedule | CosineSchedule | WarmupCosineSchedule, BeforeValidator(_SCHEDULES.validate)]
+AnyLossScale = Annotated[
+    NoLossScaleConfig | StaticLossScaleConfig | DynamicLossScaleConfig, BeforeValidator(_LOSS_SCALES.validate)
+]
+for _cls in (OptimConfig, SGDConfig, AdamConfig, AdamWConfig):
+    _cls.model_rebuild()
+_OPTIMIZERS = _registry("optimizer", OptimConfig, SGDConfig, AdamConfig, AdamWConfig)
+AnyOptim = Annotated[SGDConfig | AdamConfig | AdamWConfig, BeforeValidator(_OPTIMIZERS.validate)]
+
+
+class TrainConfig(FrozenConfig):
+    """How long to train and how often to look.
+
+    Attributes:
+      steps: number of optimizer updates, skipped ones included.
+      eval_every: steps between evaluations; None evaluates before the first step and after the last only.
+      log_every: steps between rows of training metrics.
+      checkpoint_every: steps between checkpoints; None saves at the end only.
+      eval_examples: how many examples of each split an evaluation uses, the first ones; None uses all.
+      loss_shift: k multiplies the loss by 2**-k and the learning rate by 2**k. In float32 nothing changes, bit for
+        bit; in a narrow format the gradients move k binades towards underflow.
+      on_nonfinite: "stop" ends the run as diverged once a step with a non-finite loss was applied; "continue"
+        records it and goes on.
+    """
+
+    steps: PositiveInt
+    eval_every: PositiveInt | None = None
+    log_every: PositiveInt = 50
+    checkpoint_every: PositiveInt | None = None
+    eval_examples: PositiveInt | None = None
+    loss_shift: Annotated[Int, Field(ge=-64, le=64)] = 0
+    on_nonfinite: Literal["stop", "continue"] = "stop"
+
+
+class RunConfig(FrozenConfig):
+    """One training run.
+
+    Attributes:
+      model, data, optim, train: see their classes.
+      policy: number formats of the run, in `Policy`'s canonical string.
+      master_weights: keep a float32 master of every parameter that the policy stores in 16 bits. Without it such
+        parameters are updated in place, rounding to nearest; the optimizer's own state is float32 either way.
+      loss_scale: see `precision_lab.optim.loss_scaling`.
+      seed: decides the initialisation and the order of the data, whatever the policy.
+    """
+
+    model: AnyModel
+    data: AnyData
+    optim: AnyOptim
+    train: TrainConfig
+    policy: str = "float32"
+    master_weights: Bool = False
+    loss_scale: AnyLossScale = NoLossScaleConfig()
+    seed: Annotated[Int, Field(ge=0, lt=2**32)] = 0
+
+    @field_validator("policy", mode="before")
+    @classmethod
+    def _canonical_policy(cls, value: Any) -> str:
+        return str(Policy.parse(value))
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "RunConfig":
+        _check_task(self)
+        _check_storage(self)
+        _check_loss_shift(self)
+        schedule = self.optim.schedule
+        if isinstance(schedule, WarmupCosineSchedule) and schedule.warmup >= self.train.steps:
+            message = f"warmup is {schedule.warmup}, train.steps only {self.train.steps}: use fewer steps of warm-up"
+            raise located_error(("optim", "schedule", "warmup"), message, schedule.warmup)
+        return self
+
+
+def _check_task(run: RunConfig) -> None:
+    """Raises if the model cannot learn the data."""
+    spec = run.data.spec()
+    if spec is None:
+        return
+    try:
+        run.model.check(spec)
+    except ValueError as error:
+        raise located_error(("model", "kind"), str(error), run.model.kind) from error
+
+
+def _check_storage(run: RunConfig) -> None:
+    """Raises for parameters that optax cannot update, and for masters that would be copies."""
+    params = Policy.parse(run.policy).params.name
+    if params not in _STORABLE:
+        message = f"the policy stores parameters as {params}; training can store {', '.join(_STORABLE)}"
+        raise located_error(("policy",), message, run.policy)
+    if run.master_weights and params == "float32":
+        message = (
+            f"master_weights needs 16-bit parameters, but policy '{run.policy}' stores float32. "
+            "Drop master_weights, or store 16 bits: params=float16"
+        )
+        raise located_error(("master_weights",), message, True)
+
+
+def _check_loss_shift(run: RunConfig) -> None:
+    """Raises where `loss_shift` would change a float32 run."""
+    if run.train.loss_shift == 0:
+        return
+    if run.optim.kind != "sgd":
+        message = (
+            f"loss_shift needs optim.kind sgd, got {run.optim.kind}: Adam's step does not scale with the gradient, "
+            "so the shift would not be undone"
+        )
+        raise located_error(("train", "loss_shift"), message, run.train.loss_shift)
+    if run.optim.clip_norm is not None:
+        message = "loss_shift and optim.clip_norm exclude each other: the norm of shifted gradients may underflow"
+        raise located_error(("train", "loss_shift"), message, run.train.loss_shift)

@@ -1,0 +1,213 @@
+"""The training loop: steps, evaluations, rows of metrics, checkpoints, in a fixed order.
+
+After each step: its row of metrics, the evaluation, the checkpoint, each if it is due. Rows are written before the
+checkpoint that covers them, so a run that was killed loses rows only past its last checkpoint, and makes them
+again. Nothing random is carried along: batches are functions of (seed, step), and the rest is in the state.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import jax
+import numpy as np
+
+from precision_lab import data
+from precision_lab.data import DataConfig, Dataset, DataSpec, Split
+from precision_lab.training.checkpointing import Checkpoints
+from precision_lab.training.config import RunConfig
+from precision_lab.training.optimizer import hyper
+from precision_lab.training.program import Program, check_program, program_for
+from precision_lab.training.state import NEVER, TrainState
+
+_EVAL_BATCH = 512
+
+
+class MetricSink(Protocol):
+    """Where rows of metrics go."""
+
+    def restart(self, step: int) -> None:
+        """Drops rows past `step`; called once, before the first row. -1 drops them all."""
+
+    def write(self, row: Mapping[str, object]) -> None:
+        """Keeps a row: "step", "split" ("train", "eval" or "eval_train"), and metrics by name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+      status: "diverged" if an applied step or an evaluation had a non-finite loss and the config says to stop there.
+      step: the last step, or the one that diverged.
+      metrics: latest value of each metric by "split/name".
+    """
+
+    status: Literal["done", "diverged"]
+    step: int
+    metrics: dict[str, float]
+
+
+def check(config: RunConfig) -> None:
+    """Makes sure that a run can start: traces its step, without compiling, running or writing anything.
+
+    Raises:
+      ValueError: the model cannot learn the data, or a rule of the policy matches no site.
+      DataError: the data has to be loaded to know its shape, and cannot be.
+    """
+    check_program(program_for(config, _spec(config.data)), config)
+
+
+def train(
+    config: RunConfig,
+    *,
+    checkpoint_dir: Path | None,
+    sink: MetricSink,
+    on_step: Callable[[int, float], None] | None = None,
+) -> RunResult:
+    """Trains what `config` describes, from the latest checkpoint if there is one, and returns how it ended.
+
+    A run that is killed at any moment and called again gives bitwise the metrics of one that was not (on the same
+    machine and with the same libraries). A finished run returns its result again and trains nothing.
+
+    Args:
+      config: the run.
+      checkpoint_dir: folder for checkpoints of this run alone, or None to save nothing.
+      sink: receives rows of metrics. Training metrics are those of the step's own batch; evaluation uses the
+        parameters as stored, not the masters, under the policy.
+      on_step: called after every step with its number and the latest known training loss, which is fetched from the
+        device only when a row is due (NaN before that).
+
+    Raises:
+      ValueError: the model cannot learn the data, a rule of the policy matches no site, or the checkpoints belong to
+        another config.
+      DataError: a data file is missing or wrong.
+    """
+    dataset = _dataset(config.data)  # pyright: ignore[reportArgumentType] (frozen: hashable)
+    program = program_for(config, dataset.spec)
+    batches = data.batches(dataset, config.data, config.seed)
+    with Checkpoints(checkpoint_dir, config) as checkpoints:
+        restored = checkpoints.restore(program.state_shapes)
+        state, metrics = restored or (program.init(config.seed, hyper(config)), {})
+        run = _Run(config, program, dataset, sink, checkpoints, metrics)
+        return run.go(state, batches, on_step or (lambda step, loss: None), fresh=restored is None)
+
+
+class _Run:
+    """One call of `train`: what stays the same from step to step, and the latest metrics."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        program: Program,
+        dataset: Dataset,
+        sink: MetricSink,
+        checkpoints: Checkpoints,
+        metrics: dict[str, float],
+    ) -> None:
+        self._config = config
+        self._program = program
+        self._dataset = dataset
+        self._sink = sink
+        self._checkpoints = checkpoints
+        self._metrics = dict(metrics)
+
+    def go(self, state: TrainState, batches: Any, on_step: Callable[[int, float], None], *, fresh: bool) -> RunResult:
+        """Returns the result after training `state` to the end."""
+        start, steps = int(state.step), self._config.train.steps
+        bad_step = int(state.first_nonfinite)
+        self._sink.restart(-1 if fresh else start)
+        if fresh:
+            self._evaluate(0, state)
+        numbers = hyper(self._config)
+        done = start
+        while done < steps and not self._stops(bad_step):
+            state, measured = self._program.step(state, batches[done], numbers)
+            done += 1
+            if self._due(done, self._config.train.log_every):
+                bad_step = self._log(done, measured)
+            last = done == steps or self._stops(bad_step)
+            if last or self._due(done, self._config.train.eval_every):
+                self._evaluate(done, state)
+                last = last or self._stops(bad_step)
+            if last or self._due(done, self._config.train.checkpoint_every):
+                self._checkpoints.save(done, state, self._metrics)
+            on_step(done, self._metrics.get("train/loss", math.nan))
+        return self._result(done, bad_step)
+
+    def _due(self, done: int, every: int | None) -> bool:
+        """Returns whether something that happens every so many steps, and after the last, happens now."""
+        return done == self._config.train.steps or (every is not None and done % every == 0)
+
+    def _stops(self, bad_step: int) -> bool:
+        """Returns whether the run has diverged and is to stop for it."""
+        if self._config.train.on_nonfinite == "continue":
+            return False
+        evaluated = (self._metrics.get(f"{split}/loss", 0.0) for split in ("eval", "eval_train"))
+        return bad_step != NEVER or not all(map(math.isfinite, evaluated))
+
+    def _result(self, done: int, bad_step: int) -> RunResult:
+        """Returns how the run ended after `done` steps."""
+        if self._stops(bad_step):
+            return RunResult("diverged", done if bad_step == NEVER else bad_step, dict(self._metrics))
+        return RunResult("done", done, dict(self._metrics))
+
+    def _log(self, done: int, measured: Mapping[str, jax.Array]) -> int:
+        """Writes a row of training metrics; returns the number of the first bad step so far."""
+        values = {name: value.item() for name, value in jax.device_get(dict(measured)).items()}
+        bad_step = values.pop("first_nonfinite")
+        self._write(done, "train", values)
+        return bad_step
+
+    def _evaluate(self, done: int, state: TrainState) -> None:
+        """Writes a row for the held-out split and one for the training split."""
+        limit = self._config.train.eval_examples
+        for name in ("eval", "eval_train"):
+            split = getattr(self._dataset, name)
+            self._write(done, name, evaluate(self._program, state, split, self._eval_batch(), limit))
+
+    def _eval_batch(self) -> int:
+        """Returns how many examples to evaluate at once: of text no more than training does, its logits are large."""
+        batch = self._config.data.batch
+        return batch if self._dataset.spec.task == "language_model" else max(batch, _EVAL_BATCH)
+
+    def _write(self, done: int, split: str, values: Mapping[str, float]) -> None:
+        self._sink.write({"step": done, "split": split, **values})
+        self._metrics.update({f"{split}/{name}": float(value) for name, value in values.items()})
+
+
+def evaluate(
+    program: Program, state: TrainState, split: Split, batch: int, limit: int | None = None
+) -> dict[str, float]:
+    """Returns the mean "loss" (nats) and "accuracy" over the first `limit` examples of `split`, all if None.
+
+    Args:
+      program: what trains the run.
+      state: whose parameters to evaluate.
+      split: examples.
+      batch: how many to evaluate at once; the last batch is padded, so that there is one shape to compile.
+      limit: how many examples to use.
+    """
+    size = len(split) if limit is None else min(limit, len(split))
+    sums = []
+    for start in range(0, size, batch):
+        indices = np.arange(start, start + batch)
+        weights = (indices < size).astype(np.int32)
+        sums.append(program.evaluate(state, split.take(np.minimum(indices, size - 1)), weights))
+    fetched = jax.device_get(sums)
+    loss, correct, weight = (sum(part[name].item() for part in fetched) for name in ("loss", "correct", "weight"))
+    return {"loss": loss / weight, "accuracy": correct / weight}
+
+
+@functools.lru_cache(maxsize=2)
+def _dataset(config: DataConfig) -> Dataset:
+    """Returns the data set; the same object for all runs of a sweep."""
+    return data.load(config)
+
+
+def _spec(config: DataConfig) -> DataSpec:
+    """Returns what the data asks of a model, if possible without loading it."""
+    return config.spec() or _dataset(config).spec  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,232 @@
+"""The compiled part of training: initialisation, one step, evaluation of one batch.
+
+A program is built once for all runs whose configs differ only in what is passed as an argument: the seed, the
+learning rate, the loss shift, and how often to look. All use of NNX in training is here.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from precision_lab import models
+from precision_lab.models import DataSpec, ModelConfig
+from precision_lab.nn import apply_policy
+from precision_lab.optim import current_loss_scale, scale_loss, skipped_steps, step_was_applied, sync
+from precision_lab.policy import Policy
+from precision_lab.training.config import ConstantSchedule, RunConfig, TrainConfig
+from precision_lab.training.optimizer import Hyper, build_optimizer, hyper
+from precision_lab.training.state import NEVER, TrainState
+
+_PROGRAMS_KEPT = 64
+
+
+class Program(NamedTuple):
+    """Jitted functions of one static config.
+
+    Attributes:
+      init: (seed, hyper) -> TrainState. Parameters depend on the seed and the model alone, not on the policy.
+      step: (state, batch, hyper) -> (state, metrics), donating the state; metrics are float32 and int32 scalars.
+      evaluate: (state, batch, weights) -> sums over the batch of weighted "loss", "correct", and of "weight".
+      state_shapes: the state as ShapeDtypeStructs.
+      batch_shapes: a training batch as ShapeDtypeStructs.
+    """
+
+    init: Callable[[int, Hyper], TrainState]
+    step: Any
+    evaluate: Any
+    state_shapes: TrainState
+    batch_shapes: Mapping[str, jax.ShapeDtypeStruct]
+
+
+def program_for(config: RunConfig, spec: DataSpec) -> Program:
+    """Returns the program that trains `config` on data of `spec`, compiled or not; equal ones are built once.
+
+    Raises:
+      ValueError: the model cannot learn such data.
+    """
+    return _build(static_part(config), spec)  # pyright: ignore[reportArgumentType] (frozen: hashable)
+
+
+def static_part(config: RunConfig) -> RunConfig:
+    """Returns `config` with everything at a fixed value that the compiled functions do not depend on."""
+    steps = 1 if isinstance(config.optim.schedule, ConstantSchedule) else config.train.steps
+    return config.model_copy(
+        update={
+            "seed": 0,
+            "optim": config.optim.model_copy(update={"lr": 1.0}),
+            "train": TrainConfig(steps=steps),
+        }
+    )
+
+
+def check_program(program: Program, config: RunConfig) -> None:
+    """Traces one step without running or compiling anything.
+
+    Raises:
+      ValueError: a rule of the policy matches no site of the model.
+    """
+    after, _ = program.step.eval_shape(program.state_shapes, program.batch_shapes, hyper(config))
+    before = jax.tree.map(lambda x: (x.shape, x.dtype), program.state_shapes)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == before, "a step must keep shapes and dtypes"
+
+
+class _Model(NamedTuple):
+    """A model under its policy, without its arrays."""
+
+    train: nnx.GraphDef
+    eval: nnx.GraphDef
+
+
+@functools.lru_cache(maxsize=_PROGRAMS_KEPT)
+def _build(config: RunConfig, spec: DataSpec) -> Program:
+    policy = Policy.parse(config.policy)
+    model = _model_under(config.model, spec, policy)
+    fresh = _initializer(config.model, spec)  # pyright: ignore[reportArgumentType]
+    start = jax.jit(functools.partial(_start, config, policy))
+
+    def init(seed: int, numbers: Hyper) -> TrainState:
+        # Two programs: that of `fresh` is the same whatever the policy, so that paired runs start from equal bits.
+        return start(*fresh(jnp.asarray(seed, jnp.uint32)), numbers)
+
+    numbers = hyper(config)
+    return Program(
+        init=init,
+        step=jax.jit(functools.partial(_step, config, model), donate_argnums=0),
+        evaluate=jax.jit(functools.partial(_evaluate, model)),
+        state_shapes=jax.eval_shape(init, 0, numbers),
+        batch_shapes=_batch_shapes(spec, config.data.batch),
+    )
+
+
+def _model_under(config: ModelConfig, spec: DataSpec, policy: Policy) -> _Model:
+    """Returns the definition of the model under `policy`, for training and for evaluation."""
+    model = apply_policy(nnx.eval_shape(lambda: models.build(config, spec, 0)), policy)
+    model.train()
+    train = nnx.split(model)[0]
+    model.eval()
+    return _Model(train, nnx.split(model)[0])
+
+
+@functools.lru_cache(maxsize=_PROGRAMS_KEPT)
+def _initializer(config: ModelConfig, spec: DataSpec) -> Callable[[Any], tuple[Any, Any]]:
+    """Returns the jitted function from a seed to the model's float32 parameters and its other state."""
+    return jax.jit(lambda seed: _take_apart(models.build(config, spec, seed)))
+
+
+def _take_apart(model: nnx.Module) -> tuple[Any, Any]:
+    """Returns (parameters, other state) as nested dicts of arrays."""
+    _, params, rest = nnx.split(model, nnx.Param, ...)
+    return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+
+
+def _start(config: RunConfig, policy: Policy, params: Any, model_state: Any, numbers: Hyper) -> TrainState:
+    """Returns the state before the first step."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=policy.cast_to_param(params),
+        model_state=model_state,
+        opt_state=build_optimizer(config, numbers).init(params),
+        first_nonfinite=jnp.full((), NEVER, jnp.int32),
+    )
+
+
+def _step(
+    config: RunConfig, model: _Model, state: TrainState, batch: Mapping[str, jax.Array], numbers: Hyper
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Returns the state after one update, and what there is to say about it."""
+
+    def scaled_loss(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+        called = nnx.merge(model.train, params, state.model_state)
+        loss = jnp.mean(cross_entropy(called(batch["inputs"]), batch["targets"]))  # type: ignore[operator]
+        return scale_loss(loss * numbers.loss_factor, state.opt_state), (loss, _take_apart(called)[1])
+
+    grads, (loss, model_state) = jax.grad(scaled_loss, has_aux=True)(state.params)
+    optimizer = build_optimizer(config, numbers)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    if config.master_weights:
+        params = sync(params, opt_state)
+    applied = step_was_applied(opt_state)
+    after = TrainState(
+        step=state.step + 1,
+        params=params,
+        # A skipped step leaves no trace in batch statistics either.
+        model_state=jax.tree.map(lambda new, old: jnp.where(applied, new, old), model_state, state.model_state),
+        opt_state=opt_state,
+        first_nonfinite=_first_nonfinite(state, applied & ~jnp.isfinite(loss)),
+    )
+    return after, _metrics(state, after, grads, loss, numbers)
+
+
+def _metrics(
+    before: TrainState, after: TrainState, grads: Any, loss: jax.Array, numbers: Hyper
+) -> dict[str, jax.Array]:
+    """Returns what there is to say about a step; `grads` as they left backpropagation, scaled."""
+    loss_scale = current_loss_scale(before.opt_state)
+    return {
+        "loss": loss,
+        "grad_norm": _norm(grads) / loss_scale / numbers.loss_factor,
+        "zero_grad_fraction": _share(jax.tree.map(lambda g: g == 0, grads)),
+        "unchanged_fraction": _share(jax.tree.map(_same_bits, after.params, before.params)),
+        "loss_scale": loss_scale,
+        "skipped_steps": skipped_steps(after.opt_state),
+        "first_nonfinite": after.first_nonfinite,
+    }
+
+
+def _evaluate(
+    model: _Model, state: TrainState, batch: Mapping[str, jax.Array], weights: jax.Array
+) -> dict[str, jax.Array]:
+    """Returns sums over a batch whose examples count as `weights` (batch,) says: 1, or 0 for padding."""
+    called = nnx.merge(model.eval, state.params, state.model_state)
+    logits = called(batch["inputs"])  # type: ignore[operator]
+    losses = cross_entropy(logits, batch["targets"])
+    hits = jnp.argmax(logits, axis=-1) == batch["targets"]
+    counts = jnp.broadcast_to(weights.reshape(-1, *(1,) * (losses.ndim - 1)), losses.shape)
+    return {
+        "loss": jnp.sum(jnp.where(counts > 0, losses, 0)),
+        "correct": jnp.sum(hits & (counts > 0)),
+        "weight": jnp.sum(counts),
+    }
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Returns the float32 loss of each target, whatever the dtype of `logits`, outside any policy."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
+
+
+def _first_nonfinite(state: TrainState, bad: jax.Array) -> jax.Array:
+    """Returns the number of the first bad step, this one included."""
+    return jnp.where(bad & (state.first_nonfinite == NEVER), state.step + 1, state.first_nonfinite)
+
+
+def _norm(tree: Any) -> jax.Array:
+    """Returns the global norm in float32; finite for every finite float16 tree."""
+    return optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))
+
+
+def _share(flags: Any) -> jax.Array:
+    """Returns the share of True among all elements of a tree."""
+    leaves = jax.tree.leaves(flags)
+    return sum(jnp.sum(x, dtype=jnp.float32) for x in leaves) / jnp.float32(max(1, sum(x.size for x in leaves)))
+
+
+def _same_bits(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns elementwise whether two arrays hold the same bits; -0.0 differs from 0.0, a NaN from no equal NaN."""
+    bits = {2: jnp.uint16, 4: jnp.uint32}[a.dtype.itemsize]
+    return jax.lax.bitcast_convert_type(a, bits) == jax.lax.bitcast_convert_type(b, bits)
+
+
+def _batch_shapes(spec: DataSpec, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns what a training batch looks like."""
+    text = spec.task == "language_model"
+    shape = (batch, *spec.input_shape)
+    return {
+        "inputs": jax.ShapeDtypeStruct(shape, jnp.int32 if text else jnp.float32),
+        "targets": jax.ShapeDtypeStruct(shape if text else (batch,), jnp.int32),
+    }

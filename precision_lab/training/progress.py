@@ -1,0 +1,55 @@
+"""Progress of runs: bars on a terminal, one live cell in Jupyter, plain lines elsewhere."""
+
+import sys
+
+from precision_lab.training.views import BarsView, CellView, Clock, LinesView, View
+
+
+class RunProgress:
+    """Shows one run after another, out of `total_runs`; use as a context manager."""
+
+    def __init__(self, total_runs: int = 1, *, view: View | None = None) -> None:
+        """Chooses how to show it by where it runs, unless `view` is given."""
+        self._total_runs = total_runs
+        self._finished = 0
+        self._view = view or _choose_view()
+        self._clock: Clock | None = None
+
+    def start_run(self, label: str, total_steps: int) -> None:
+        """Begins a run; its label is shown."""
+        self._clock = Clock(label, total_steps)
+        self._view.start(self._clock, self._finished, self._total_runs)
+
+    def step(self, step: int, loss: float) -> None:
+        """Notes that a step of the current run is done; what `train` calls `on_step`."""
+        if self._clock is not None:
+            self._clock.step(step, loss)
+            self._view.update(self._clock)
+
+    def end_run(self, status: str) -> None:
+        """Ends the current run with its status, such as "done" or "diverged"."""
+        if self._clock is not None:
+            self._finished += 1
+            self._view.end(self._clock, status, self._finished, self._total_runs)
+            self._clock = None
+
+    def __enter__(self) -> "RunProgress":
+        self._view.open(self._total_runs)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._view.close()
+
+
+def _choose_view() -> View:
+    """Returns the view for where this runs."""
+    if _in_jupyter():
+        return CellView()
+    return BarsView() if sys.stderr.isatty() else LinesView()
+
+
+def _in_jupyter() -> bool:
+    """Returns whether a Jupyter kernel runs this; a shell of IPython is a terminal."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return type(shell).__name__ == "ZMQInteractiveShell"

@@ -1,0 +1,106 @@
+"""The data sets themselves: sizes, scaling, splits; those with files are tried where the files are."""
+
+import os
+
+import numpy as np
+import pytest
+
+from precision_lab import data
+from precision_lab.data import ArraySplit, TextSplit
+
+needs_files = pytest.mark.skipif(
+    not os.environ.get("PRECISION_LAB_DATA"), reason="PRECISION_LAB_DATA names no folder with the data files"
+)
+SIZES = {
+    "digits": (data.DigitsConfig(), 1437, 360),
+    "fashion_mnist": (data.FashionMnistConfig(), 60000, 10000),
+    "mnist": (data.MnistConfig(), 60000, 10000),
+    "cifar10_subset": (data.Cifar10Config(subset=True), 10000, 2000),
+}
+
+
+@pytest.mark.parametrize("name", [n if n == "digits" else pytest.param(n, marks=needs_files) for n in SIZES])
+def test_images_are_standardised_and_split_as_documented(name):
+    config, train, test = SIZES[name]
+
+    dataset = data.load(config)
+
+    assert (len(dataset.train), len(dataset.eval), len(dataset.eval_train)) == (train, test, train)
+    assert dataset.spec == config.spec()
+    batch = dataset.train.take(np.arange(train))
+    assert batch["inputs"].shape == (train, *dataset.spec.input_shape)
+    assert batch["inputs"].dtype == np.float32
+    assert batch["targets"].dtype == np.int32
+    assert sorted(np.unique(batch["targets"])) == list(range(10))
+    np.testing.assert_allclose(batch["inputs"].mean((0, 1, 2), np.float64), 0, atol=1e-6)
+    np.testing.assert_allclose(batch["inputs"].std((0, 1, 2), np.float64), 1, atol=1e-6)
+
+
+def test_digits_are_those_of_scikit_learn():
+    from sklearn.datasets import load_digits
+
+    from precision_lab.data.images import _digits
+
+    theirs = load_digits()
+    images, labels = _digits()
+
+    np.testing.assert_array_equal(images, theirs.images)
+    np.testing.assert_array_equal(labels, theirs.target)
+
+
+def test_the_split_of_digits_is_stratified_and_has_no_overlap():
+    dataset = data.load(data.DigitsConfig())
+    train, test = (split.take(np.arange(len(split))) for split in (dataset.train, dataset.eval))
+
+    share = np.bincount(test["targets"]) / (np.bincount(test["targets"]) + np.bincount(train["targets"]))
+    rows = {split["inputs"][i].tobytes() for split in (train, test) for i in range(len(split["inputs"]))}
+
+    np.testing.assert_allclose(share, 0.2, atol=1 / 150)
+    assert len(rows) == 1797
+    assert np.any(np.diff(train["targets"]) < 0)
+
+
+def test_arrays_cannot_be_written_to():
+    dataset = data.load(data.DigitsConfig())
+
+    with pytest.raises(ValueError, match="read-only"):
+        dataset.train.inputs[0] = 0
+
+
+@needs_files
+def test_tinyshakespeare_is_split_nine_to_one():
+    dataset = data.load(data.TinyShakespeareConfig(seq_len=128))
+
+    assert len(dataset.train) == 1115394 * 9 // 10 - 128
+    assert len(dataset.eval) == (1115394 - 1115394 * 9 // 10 - 1) // 128
+    batch = dataset.eval.take(np.arange(3))
+    assert batch["inputs"].shape == batch["targets"].shape == (3, 128)
+    assert batch["inputs"].dtype == np.int32
+    assert batch["inputs"].max() < dataset.spec.num_classes == 65
+
+
+def test_targets_of_text_are_the_inputs_moved_by_one():
+    split = TextSplit(np.arange(10, dtype=np.uint8), seq_len=4)
+
+    batch = split.take(np.array([0, 5]))
+
+    assert len(split) == 6
+    assert batch["inputs"].tolist() == [[0, 1, 2, 3], [5, 6, 7, 8]]
+    assert batch["targets"].tolist() == [[1, 2, 3, 4], [6, 7, 8, 9]]
+
+
+@pytest.mark.parametrize(("tokens", "windows"), [(5, 1), (8, 1), (9, 2), (12, 2), (13, 3)])
+def test_evaluation_windows_do_not_overlap(tokens, windows):
+    split = TextSplit(np.arange(tokens, dtype=np.uint8), seq_len=4, stride=4)
+
+    targets = split.take(np.arange(len(split)))["targets"].ravel()
+
+    assert len(split) == windows
+    assert targets.tolist() == list(range(1, 4 * windows + 1))
+
+
+def test_bad_splits_are_refused():
+    with pytest.raises(ValueError, match="3 inputs but 2 targets"):
+        ArraySplit(np.zeros((3, 1)), np.zeros(2))
+    with pytest.raises(ValueError, match="no window of 4"):
+        TextSplit(np.zeros(4, np.uint8), seq_len=4)
