@@ -1,0 +1,184 @@
+"""Commands about experiments: run, check, report."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from precision_lab.cli.output import console, say, show, show_json
+
+if TYPE_CHECKING:
+    from precision_lab.runner import ExperimentConfig
+
+Target = Annotated[str, typer.Argument(help="A config file, a folder with a config.yaml, or a name in experiments/.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key: --set optim.lr=1e-3.")
+]
+Presets = Annotated[list[str] | None, typer.Option("--preset", metavar="NAME", help="Apply a preset of the file.")]
+Smoke = Annotated[bool, typer.Option("--smoke", help="Short for --preset smoke: seconds instead of minutes.")]
+Arms = Annotated[list[str] | None, typer.Option("--arm", metavar="NAME", help="Only this arm; may be repeated.")]
+Seed = Annotated[list[int] | None, typer.Option("--seed", metavar="N", help="Use this seed; may be repeated.")]
+Seeds = Annotated[str, typer.Option("--seeds", metavar="LIST", help="Use these seeds: 0,1,2 or 0..4.")]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of all results.")]
+Import = Annotated[
+    list[str] | None, typer.Option("--import", metavar="MODULE", help="Import a module that registers models or data.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands."""
+    app.command()(run)
+    app.command()(check)
+    app.command()(report)
+
+
+def run(
+    target: Target,
+    settings: Settings = None,
+    presets: Presets = None,
+    smoke: Smoke = False,
+    arms: Arms = None,
+    seed: Seed = None,
+    seeds: Seeds = "",
+    out: Out = Path("runs"),
+    imports: Import = None,
+    json: Json = False,
+) -> None:
+    """Run an experiment: every arm with every seed, what is done already left out; ends with table and report.
+
+    The same command continues after a kill or Ctrl-C.
+    """
+    from precision_lab import runner
+    from precision_lab.runner.terminal import print_results
+
+    experiment = _load(target, settings, presets, smoke, arms, seed, seeds, imports)
+    try:
+        results = runner.run(experiment, out=out, say=say)
+    except KeyboardInterrupt:
+        say("interrupted. What is finished is kept; the same command continues.")
+        raise typer.Exit(130) from None
+    if json:
+        show_json(results.to_json())
+    else:
+        print_results(results, console())
+        console().print(f"report: {results.folder / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(results.exit_code)
+
+
+def check(
+    target: Target,
+    settings: Settings = None,
+    presets: Presets = None,
+    smoke: Smoke = False,
+    arms: Arms = None,
+    seed: Seed = None,
+    seeds: Seeds = "",
+    out: Out = Path("runs"),
+    imports: Import = None,
+    json: Json = False,
+) -> None:
+    """Validate an experiment and count its runs, without compiling or writing anything."""
+    from precision_lab import runner
+    from precision_lab.runner.summary import change_text, varied
+    from precision_lab.runner.terminal import text_table
+
+    experiment = _load(target, settings, presets, smoke, arms, seed, seeds, imports)
+    planned = runner.check(experiment, out)
+    results = runner.read(experiment, out)
+    changes = varied(results)
+    rows = [
+        {
+            "arm": arm,
+            "changes": {key: value for key, value in changes[arm].items() if key != "seed"},
+            "runs": {str(one.seed): {"run_id": one.run_id, "state": one.state} for one in results.of_arm(arm)},
+        }
+        for arm in experiment.arms
+    ]
+    finished = sum(one.run.status()["state"] in {"done", "diverged"} for one in planned)
+    data = {"experiment": experiment.name, "runs": len(planned), "finished": finished, "arms": rows}
+    cells = [(row["arm"], change_text(row["changes"]) or "(baseline)", " ".join(_states(row["runs"]))) for row in rows]
+    show(text_table(["arm", "differs from the baseline in", "seeds"], cells), data, as_json=json)
+    if not json:
+        typer.echo(f"{experiment.name}: {len(planned)} runs, {finished} of them finished; the configuration is valid.")
+
+
+def _states(runs: dict[str, Any]) -> list[str]:
+    """Returns `0:done 1:queued`."""
+    return [f"{seed}:{run['state']}" for seed, run in runs.items()]
+
+
+def report(
+    target: Target,
+    settings: Settings = None,
+    presets: Presets = None,
+    smoke: Smoke = False,
+    arms: Arms = None,
+    seed: Seed = None,
+    seeds: Seeds = "",
+    out: Out = Path("runs"),
+    imports: Import = None,
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="PATH", help="A .html, .md or .csv file, or a folder.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Judge the claims and write the report again from what has run; runs nothing.
+
+    TARGET may also be a folder of results, such as runs/mixed_precision-0123456789ab.
+    """
+    from precision_lab import runner
+    from precision_lab.runner.terminal import print_results
+
+    experiment = _load(target, settings, presets, smoke, arms, seed, seeds, imports)
+    if (Path(target) / "experiment.yaml").is_file():
+        out = Path(target).resolve().parent if out == Path("runs") else out
+    results = runner.read(experiment, out)
+    if not any(one.path.exists() for one in results.trials):
+        raise ValueError(f"nothing of {experiment.name} has run in {out}; precision-lab run {target} does that.")
+    path = results.report(to)
+    if json:
+        show_json(results.to_json())
+    else:
+        print_results(results, console())
+        console().print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _load(
+    target: str,
+    settings: list[str] | None,
+    presets: list[str] | None,
+    smoke: bool,
+    arms: list[str] | None,
+    seed: list[int] | None,
+    seeds: str,
+    imports: list[str] | None,
+) -> "ExperimentConfig":
+    """Returns the experiment that the options describe."""
+    from precision_lab import runner
+
+    return runner.load(
+        target,
+        settings=settings or (),
+        presets=[*(presets or ()), *(["smoke"] if smoke else [])],
+        arms=arms or (),
+        seeds=[*(seed or ()), *parse_seeds(seeds)],
+        imports=imports or (),
+    )
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Returns the seeds of `0,1,2`, of `0..4` (both ends included), or of a mixture.
+
+    Raises:
+      ValueError: something else.
+    """
+    found: list[int] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        first, dots, last = part.partition("..")
+        if not first.isdecimal() or (dots and not last.isdecimal()):
+            raise ValueError(f"--seeds {text}: expected numbers such as 0,1,2 or a range such as 0..4, got {part!r}.")
+        found += range(int(first), int(last) + 1) if dots else [int(first)]
+    if text and not found:
+        raise ValueError(f"--seeds {text}: no seed in it; expected 0,1,2 or a range such as 0..4.")
+    return found

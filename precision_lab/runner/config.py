@@ -1,0 +1,241 @@
+"""An experiment as data: a base run, arms, seeds, claims, and the paper's numbers.
+
+    exp = ExperimentConfig(
+        name="master_weights",
+        model={"kind": "mlp"}, data={"kind": "digits", "batch": 64}, optim={"kind": "adam", "lr": 2e-5},
+        arms={"float32": {}, "float16": {"policy": "float16_pure"}},
+        seeds=[0, 1, 2],
+        claims=[{"kind": "gt", "a": "float16", "b": "float32", "metric": "eval/loss", "margin": 0.5}],
+    )
+
+The same keys in a YAML file give an equal experiment; `loading.load` adds presets and `--set`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo, model_validator
+
+from precision_lab.runner.claims import Claim
+from precision_lab.runner.explain import LocatedError, validate
+from precision_lab.runner.identity import digest, experiment_id
+from precision_lab.runner.known import metric_names
+from precision_lab.runner.resolve import BASE_KEYS, Runs, base_and_arms, resolve
+from precision_lab.runner.tree import Tree, from_python, suggestion
+from precision_lab.runner.yaml12 import Keys, Place
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.@+-]*$", max_length=64)]
+Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
+
+
+class Paper(BaseModel):
+    """What the paper reports, to stand beside our numbers; never compared with them by the machine.
+
+    Attributes:
+      title: authors and year, or the title.
+      arxiv: identifier such as `1710.03740`.
+      where: table, figure or section.
+      claim: the claim in words.
+      status: how the numbers were checked: `primary` against the paper itself, `secondary` in a source that quotes
+        it, `memory` not at all.
+      table: rows by name, each a mapping from column to number or text.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    title: str = ""
+    arxiv: str = Field(default="", pattern=r"^$|^\d{4}\.\d{4,5}(v\d+)?$|^[a-z-]+(\.[A-Z]{2})?/\d{7}$")
+    where: str = ""
+    claim: str = ""
+    status: Literal["primary", "secondary", "memory"] = "memory"
+    table: dict[str, dict[str, float | str]] = Field(default_factory=dict)
+
+
+class ExperimentConfig(BaseModel):
+    """An experiment: what is run, with which seeds, and what is claimed about it.
+
+    The keys of a run (`model`, `data`, `optim`, ...) stand beside these; they are gathered in `base`.
+
+    Attributes:
+      name: names the folder of results.
+      notes: anything a reader should know; no part of any identity.
+      base: what all arms share.
+      arms: by name, what each changes; merged key by key into the base.
+      seeds: each arm is run once for each.
+      baseline: the arm that the others are compared with; the first one if not given.
+      metrics: columns of the result table, such as `eval/loss`; a sensible pair if not given.
+      claims: what is judged when the runs are done.
+      paper: where the claims come from.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Name
+    notes: str = ""
+    paper: Paper | None = None
+    base: dict[str, Any] = Field(default_factory=dict)
+    arms: dict[Name, dict[str, Any] | None] = Field(default_factory=lambda: {"run": {}}, min_length=1)
+    seeds: tuple[Seed, ...] = Field(default=(0,), min_length=1)
+    baseline: str = ""
+    metrics: tuple[str, ...] = ()
+    claims: tuple[Claim, ...] = ()
+
+    _runs: Runs = PrivateAttr(default_factory=dict)
+    _words: tuple[str, ...] = PrivateAttr(default=())
+    _written: Tree = PrivateAttr(default_factory=lambda: Tree(None))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_base(cls, given: Any) -> Any:
+        """Moves the keys of a run under `base`."""
+        if not isinstance(given, Mapping) or "base" in given:
+            return given
+        rest = {key: value for key, value in given.items() if key not in BASE_KEYS}
+        return {**rest, "base": {key: value for key, value in given.items() if key in BASE_KEYS}}
+
+    @model_validator(mode="after")
+    def _resolve(self, info: ValidationInfo) -> "ExperimentConfig":
+        """Validates every run, and whatever names an arm or a metric."""
+        places: Mapping[Keys, Place] = (info.context or {}).get("places", {})
+        self._written = written = Tree(None, places)
+        _refuse_twice(self.seeds, written)
+        base, arms = base_and_arms(self.base, self.arms, places)
+        self._runs = resolve(base, arms, self.seeds)
+        self._refuse_unknown_arms(written)
+        self._refuse_unknown_metrics(written)
+        return self
+
+    def _refuse_unknown_arms(self, written: Tree) -> None:
+        """Raises if the baseline or a claim speaks of an arm that is not there."""
+        named: list[tuple[Keys, str]] = [(("baseline",), self.baseline)] if self.baseline else []
+        for i, claim in enumerate(self.claims):
+            named += [(("claims", i, key), arm) for key, arm in claim.names()]
+        for keys, arm in named:
+            if arm not in self.arms:
+                raise LocatedError(_say(written, keys, f"no arm {arm!r}{suggestion(arm, self.arms, what='arms')}"))
+
+    def _refuse_unknown_metrics(self, written: Tree) -> None:
+        """Raises if a column or a claim speaks of a metric that its runs do not log."""
+        for i, metric in enumerate(self.metrics):
+            _refuse_metric(metric, self.known_metrics(self.arms), _place(written, ("metrics", i)))
+        for i, claim in enumerate(self.claims):
+            known = self.known_metrics([arm for _, arm in claim.names()])
+            _refuse_metric(claim.metric, known, _place(written, ("claims", i, "metric")))
+
+    def __eq__(self, other: object) -> bool:
+        """Returns whether two experiments say the same, wherever they were written."""
+        return isinstance(other, ExperimentConfig) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def known_metrics(self, arms: Any) -> set[str]:
+        """Returns the metrics that all of some arms log."""
+        logged = [set(metric_names(run)) for arm in arms for run in list(self._runs[arm].values())[:1]]
+        return set.intersection(*logged) if logged else set()
+
+    @property
+    def runs(self) -> Runs:
+        """The validated run of every arm and seed."""
+        return self._runs
+
+    @property
+    def id(self) -> str:
+        """The name of the experiment's folder of results."""
+        return experiment_id(self.name, self._runs)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What to write after `precision-lab run` to get this experiment; empty if it was made in Python."""
+        return self._words
+
+    @property
+    def baseline_arm(self) -> str:
+        """The arm that the others are compared with."""
+        return self.baseline or next(iter(self.arms))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The metrics that tables show."""
+        return self.metrics or tuple(
+            metric for metric in ("eval/loss", "eval/accuracy") if metric in self.known_metrics(self.arms)
+        )
+
+    def locate(self, arm: str, key: str, message: str) -> str:
+        """Returns a message with the place where an arm, or else the base, gives a key."""
+        own: Keys = ("arms", arm, key)
+        return _say(self._written, own if own in self._written.places or key not in self.base else (key,), message)
+
+    def size(self) -> int:
+        """Returns how many different runs there are; arms that turn out equal share theirs."""
+        return len({digest(run) for seeds in self._runs.values() for run in seeds.values()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain data that makes an equal experiment, with the base at the top level as in a file."""
+        data = self.model_dump(exclude_defaults=True)
+        base = data.pop("base", {})
+        data["claims"] = [{"kind": claim.kind, **claim.model_dump(exclude_defaults=True)} for claim in self.claims]
+        head = {key: data.pop(key) for key in ("name", "notes", "paper") if key in data}
+        return _lists({**head, **base, **data, "arms": self.arms, "seeds": self.seeds})
+
+    def select(self, *, arms: Sequence[str] = (), seeds: Sequence[int] = ()) -> "ExperimentConfig":
+        """Returns the experiment with some of its arms, or with other seeds; claims about other arms go.
+
+        Raises:
+          ValueError: an arm that is not there.
+        """
+        for arm in arms:
+            if arm not in self.arms:
+                raise LocatedError(f"no arm {arm!r} in {self.name}{suggestion(arm, self.arms, what='arms')}")
+        data = self.to_dict()
+        if arms:
+            data["arms"] = {name: change for name, change in self.arms.items() if name in arms}
+            kept = [claim for claim in self.claims if all(arm in arms for _, arm in claim.names())]
+            data["claims"] = [one for one, claim in zip(data["claims"], self.claims, strict=True) if claim in kept]
+            data["baseline"] = self.baseline if self.baseline in arms else ""
+        if seeds:
+            data["seeds"] = list(seeds)
+        places = {keys: place for keys, place in self._written.places.items() if keys[:1] not in _RENUMBERED}
+        selected = validate(ExperimentConfig, from_python(data), context={"places": places})
+        return selected._with_words(self._words)
+
+    def _with_words(self, words: tuple[str, ...]) -> "ExperimentConfig":
+        """Returns the experiment, knowing the command it came from."""
+        self._words = words
+        return self
+
+
+_RENUMBERED = {("claims",), ("seeds",)}
+"""What `select` takes items from, so that the remaining ones stand elsewhere than they were written."""
+
+
+def _refuse_twice(seeds: tuple[int, ...], written: Tree) -> None:
+    """Raises if a seed is listed twice: it would count twice in every interval."""
+    for i, seed in enumerate(seeds):
+        if seed in seeds[:i]:
+            raise LocatedError(_say(written, ("seeds", i), f"seed {seed} is listed twice."))
+
+
+def _refuse_metric(metric: str, known: set[str], place: Place) -> None:
+    """Raises if a metric is not logged."""
+    if metric not in known:
+        raise LocatedError(place.say(f"no metric {metric!r}{suggestion(metric, known, what='metrics')}"))
+
+
+def _place(written: Tree, keys: Keys) -> Place:
+    """Returns where something was written; what Python gave has a path and no line."""
+    return written.place(keys) if keys[:1] in written.places else Place("", None, keys)
+
+
+def _say(written: Tree, keys: Keys, message: str) -> str:
+    """Returns one line about the value under a path."""
+    return _place(written, keys).say(message)
+
+
+def _lists(value: Any) -> Any:
+    """Returns plain data with lists for tuples, as YAML has them."""
+    if isinstance(value, BaseModel):
+        return _lists(value.model_dump(mode="python", exclude_unset=True))
+    if isinstance(value, Mapping):
+        return {key: _lists(item) for key, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, list | tuple) else value

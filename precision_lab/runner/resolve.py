@@ -1,0 +1,106 @@
+"""From the text of an experiment to its runs: base, arms and seeds become validated run configurations."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from precision_lab.runner.explain import LocatedError, known_keys, mistakes, stale, validate
+from precision_lab.runner.tree import Tree, from_python, merge, spell_out_kinds
+from precision_lab.runner.yaml12 import Keys, Place
+from precision_lab.training.config import RunConfig
+
+Runs = Mapping[str, Mapping[int, RunConfig]]
+"""The runs of an experiment, by arm and then by seed."""
+
+BASE_KEYS = tuple(name for name in RunConfig.model_fields if name != "seed")
+"""What may stand at the top level of an experiment and in an arm; seeds are listed once, in `seeds`."""
+
+
+TAGGED_KEYS = tuple(name for name in BASE_KEYS if "kind" in known_keys(RunConfig, (name,), {}))
+"""Keys whose value is one of several kinds; the kind alone may stand for it, as in `loss_scale: dynamic`."""
+
+
+def validate_run(data: Any, places: Mapping[Keys, Place], *, source: str) -> RunConfig:
+    """Returns the run configuration that a resolved `config.yaml` holds."""
+    if not isinstance(data, dict):
+        raise LocatedError(f"{source}: a run's configuration is a mapping of keys to values.")
+    return validate(RunConfig, Tree(data, places))
+
+
+def resolve(base: Tree, arms: Mapping[str, Tree], seeds: tuple[int, ...]) -> dict[str, dict[int, RunConfig]]:
+    """Returns the run of every arm and seed.
+
+    Args:
+      base: the keys that all arms share.
+      arms: by name, what differs.
+      seeds: one run of each arm for each seed.
+
+    Raises:
+      LocatedError: one line about the first arm that is not a valid run.
+    """
+    runs: dict[str, dict[int, RunConfig]] = {}
+    for name, arm in arms.items():
+        if isinstance(arm.data, dict) and "seed" in arm.data:
+            raise LocatedError(arm.place(("seed",)).say("an arm has no seed of its own; list them in 'seeds'."))
+        run = _resolve_arm(base, name, arm)
+        runs[name] = {seed: run.model_copy(update={"seed": seed}) for seed in seeds}
+    return runs
+
+
+def prune(tree: Tree) -> Tree:
+    """Returns the tree of a whole experiment without the keys that a preset or a setting left behind.
+
+    `--set optim.kind=sgd` over an Adam leaves Adam's `b1` in place; here it goes, in the base and in every arm.
+    """
+    tree = tree.without(stale(RunConfig, _base_of(tree)))
+    arms = tree.data.get("arms")
+    for name, change in arms.items() if isinstance(arms, Mapping) else ():
+        if isinstance(change, Mapping):
+            arm = tree.at("arms", name)
+            gone = stale(RunConfig, merge(_base_of(tree), arm)) & arm.inherited
+            tree = tree.without(("arms", name, *keys) for keys in gone)
+    return tree
+
+
+def _base_of(tree: Tree) -> Tree:
+    """Returns what all arms of a whole experiment share."""
+    base = Tree({key: value for key, value in tree.data.items() if key in BASE_KEYS}, tree.places, tree.inherited)
+    return spell_out_kinds(base, TAGGED_KEYS)
+
+
+def _resolve_arm(base: Tree, name: str, arm: Tree) -> RunConfig:
+    """Returns the run of one arm, whatever its seed."""
+    if arm.data is None:  # `float32:` with nothing after it changes nothing.
+        arm = Tree({}, arm.places)
+    if not isinstance(arm.data, dict):
+        raise LocatedError(arm.place(()).say(f"an arm is a mapping of what it changes, got {arm.data!r}."))
+    merged = merge(base, arm)
+    try:
+        return validate(RunConfig, merged)
+    except LocatedError:
+        if not arm.data or mistakes(RunConfig, merged) & mistakes(RunConfig, base):
+            raise
+    _refuse_arm(name, Tree(merged.data, {**merged.places, (): arm.place(())}, merged.inherited))
+    raise AssertionError("an arm was invalid and then valid")
+
+
+def _refuse_arm(name: str, merged: Tree) -> None:
+    """Raises for an arm that breaks a valid base; what concerns the run as a whole is said of the arm."""
+    try:
+        validate(RunConfig, merged)
+    except LocatedError as error:
+        told = f"arms.{name}" in str(error)
+        raise error if told else LocatedError(f"{str(error).rstrip('.')} (in arm {name!r}).") from None
+
+
+def base_and_arms(
+    base: Mapping[str, Any], arms: Mapping[str, Any], places: Mapping[Keys, Place]
+) -> tuple[Tree, dict[str, Tree]]:
+    """Returns the shared keys and the arms as trees; what has no place counts as written in Python."""
+    whole = from_python({**base, "arms": arms})
+    tree = Tree(whole.data, {**whole.places, **places})
+    shared = Tree(
+        {key: value for key, value in tree.data.items() if key != "arms"},
+        {path: place for path, place in tree.places.items() if path[:1] != ("arms",)},
+    )
+    changes = {name: spell_out_kinds(tree.at("arms", name), TAGGED_KEYS) for name in arms}
+    return spell_out_kinds(shared, TAGGED_KEYS), changes

@@ -1,0 +1,269 @@
+"""The results of an experiment: what each run reached, the verdict on each claim, and tables of both.
+
+Everything is read from the run directories; an experiment that has run only in part has results in part.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from precision_lab.runner.claims import Verdict
+from precision_lab.runner.config import ExperimentConfig
+from precision_lab.runner.identity import run_id
+from precision_lab.runner.metrics import Series, encode_number
+from precision_lab.runner.rundir import RunDir, run_dir
+from precision_lab.runner.stats import Mean, mean_interval
+from precision_lab.training.config import RunConfig
+
+if TYPE_CHECKING:
+    import pandas  # pyright: ignore[reportMissingImports]
+
+    from precision_lab.runner.terminal import TextTable
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of one arm.
+
+    Attributes:
+      state: `done`, `diverged`, `failed`, `interrupted`, `stopped` (its process is gone), `running` or `queued`.
+      step: the last step reached.
+      error: for a failed run, the last line of its traceback.
+      series: every logged metric by its name, `split/metric`.
+    """
+
+    arm: str
+    seed: int
+    config: RunConfig
+    run_id: str
+    path: Path
+    state: str
+    step: int
+    attempt: int
+    error: str
+    env: dict[str, Any] = field(repr=False)
+    series: dict[str, Series] = field(repr=False)
+    duration_s: float | None = None
+
+    def value(self, metric: str, reduce: str = "last") -> float | str:
+        """Returns a metric reduced over the run, or in words why there is none."""
+        if self.state != "done":
+            return self.trouble()
+        if metric not in self.series:
+            return f"{metric} was not logged"
+        return self.series[metric].reduce(reduce)
+
+    def trouble(self) -> str:
+        """Returns what kept the run from finishing, empty for a finished one."""
+        if self.state == "diverged":
+            return f"diverged at step {self.step}"
+        if self.state == "failed":
+            return f"failed: {self.error}" if self.error else "failed"
+        return {"done": "", "queued": "not run"}.get(self.state, f"{self.state} at step {self.step}")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One metric of one arm over the seeds.
+
+    Attributes:
+      mean: over the finished runs.
+      difference: to the baseline, paired by seed; None for the baseline itself.
+    """
+
+    mean: Mean | None
+    difference: Mean | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm of the result table; `troubles` counts the runs that did not finish, by state."""
+
+    arm: str
+    finished: int
+    total: int
+    troubles: dict[str, int]
+    cells: dict[str, Cell]
+
+    def trouble_text(self) -> str:
+        """Returns `2 diverged, 1 failed`, empty if every run finished."""
+        words = {"queued": "not run"}
+        return ", ".join(f"{count} {words.get(state, state)}" for state, count in self.troubles.items())
+
+
+class Results:
+    """What an experiment has brought so far; `run` returns it, and `read` reads it back."""
+
+    def __init__(self, experiment: ExperimentConfig, trials: Sequence[Trial], out: Path) -> None:
+        """Holds the trials of every arm and seed of an experiment, in its order."""
+        self.experiment = experiment
+        self.trials = list(trials)
+        self.out = Path(out)
+
+    @property
+    def folder(self) -> Path:
+        """Where the report of the experiment lies."""
+        return self.out / self.experiment.id
+
+    def trial(self, arm: str, seed: int) -> Trial:
+        """Returns one run."""
+        for one in self.trials:
+            if one.arm == arm and one.seed == seed:
+                return one
+        raise ValueError(f"no run of arm {arm!r} with seed {seed} in {self.experiment.name}.")
+
+    def of_arm(self, arm: str) -> list[Trial]:
+        """Returns the runs of one arm, by seed."""
+        return [one for one in self.trials if one.arm == arm]
+
+    @cached_property
+    def verdicts(self) -> list[Verdict]:
+        """The verdict on each claim, in the order of the configuration."""
+        seeds = self.experiment.seeds
+        return [
+            claim.judge(lambda arm, seed, metric, how: self.trial(arm, seed).value(metric, how), seeds)
+            for claim in self.experiment.claims
+        ]
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """The result table: one row for each arm."""
+        return [self._row(arm) for arm in self.experiment.arms]
+
+    def _row(self, arm: str) -> Row:
+        """Returns one arm's row."""
+        trials = self.of_arm(arm)
+        states = [one.state for one in trials if one.state != "done"]
+        troubles = {state: states.count(state) for state in dict.fromkeys(states)}
+        cells = {metric: self._cell(arm, metric) for metric in self.experiment.columns}
+        return Row(arm, len(trials) - len(states), len(trials), troubles, cells)
+
+    def _cell(self, arm: str, metric: str) -> Cell:
+        """Returns one metric of one arm."""
+        own, base = self.finals(arm, metric), self.finals(self.experiment.baseline_arm, metric)
+        if arm == self.experiment.baseline_arm:
+            return Cell(mean_interval(list(own.values())), None)
+        paired = [own[seed] - base[seed] for seed in own if seed in base]
+        return Cell(mean_interval(list(own.values())), mean_interval(paired))
+
+    def finals(self, arm: str, metric: str) -> dict[int, float]:
+        """Returns the last value of a metric by seed, for the runs that finished."""
+        values = {one.seed: one.value(metric) for one in self.of_arm(arm)}
+        return {seed: value for seed, value in values.items() if not isinstance(value, str)}
+
+    @property
+    def exit_code(self) -> int:
+        """0 if every run finished, 4 if some diverged, 3 if some failed or did not run."""
+        states = {one.state for one in self.trials}
+        return 3 if states - {"done", "diverged"} else 4 if "diverged" in states else 0
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """Returns one plain mapping per run: arm, seed, run_id, state and the last value of every metric."""
+        return [
+            {
+                "arm": one.arm, "seed": one.seed, "run_id": one.run_id, "state": one.state, "step": one.step,
+                **{name: series.values[-1] for name, series in sorted(one.series.items())},
+            }
+            for one in self.trials
+        ]  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns everything as plain data for JSON, numbers that are not finite as text."""
+        runs = [{key: encode_number(value) for key, value in row.items()} for row in self.to_dicts()]
+        return {
+            "experiment": self.experiment.name,
+            "id": self.experiment.id,
+            "folder": str(self.folder),
+            "baseline": self.experiment.baseline_arm,
+            "arms": [_row_json(row) for row in self.rows],
+            "runs": runs,
+            "verdicts": [verdict.to_dict() for verdict in self.verdicts],
+        }
+
+    def frame(self) -> "pandas.DataFrame":
+        """Returns a pandas frame with one row per run.
+
+        Raises:
+          ImportError: pandas is not installed.
+        """
+        try:
+            import pandas  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            raise ImportError(
+                "frame() needs pandas: pip install 'precision-lab[notebook]'. Without it, to_dicts() has the same rows."
+            ) from None
+        return pandas.DataFrame(self.to_dicts())
+
+    def table(self) -> "TextTable":
+        """Returns the result table with intervals over seeds; prints as text, and shows in a notebook."""
+        from precision_lab.runner.terminal import result_table
+
+        return result_table(self)
+
+    def report(self, path: str | os.PathLike[str] | None = None) -> Path:
+        """Writes the report and returns where it is.
+
+        Args:
+          path: an `.html`, `.md` or `.csv` file to write just that, a folder for all of them, None for the
+            experiment's own folder.
+        """
+        from precision_lab.runner.report import write_report
+
+        return write_report(self, Path(path) if path is not None else self.folder)
+
+    def __repr__(self) -> str:
+        finished = sum(one.state == "done" for one in self.trials)
+        return f"Results({self.experiment.name}: {finished} of {len(self.trials)} runs done, in {self.folder})"
+
+    def __str__(self) -> str:
+        from precision_lab.runner.terminal import verdict_lines
+
+        return "\n".join([str(self.table()), *verdict_lines(self)])
+
+    def _repr_html_(self) -> str:
+        """Shows the result table and the verdicts in a notebook."""
+        from precision_lab.runner.html import fragment
+
+        return fragment(self)
+
+
+def _row_json(row: Row) -> dict[str, Any]:
+    """Returns one arm of the table as plain data."""
+    cells = {
+        metric: {name: _mean_json(getattr(cell, name)) for name in ("mean", "difference")}
+        for metric, cell in row.cells.items()
+    }
+    return {"arm": row.arm, "finished": row.finished, "total": row.total, "troubles": row.troubles, "metrics": cells}
+
+
+def _mean_json(mean: Mean | None) -> dict[str, Any] | None:
+    """Returns a mean as plain data."""
+    if mean is None:
+        return None
+    return {"mean": encode_number(mean.mean), "half_width": encode_number(mean.half_width), "n": mean.n}
+
+
+def read(experiment: ExperimentConfig, out: str | os.PathLike[str] = "runs") -> Results:
+    """Returns the results of an experiment as far as its runs have come; runs nothing."""
+    out = Path(out)
+    trials = [
+        _read_trial(arm, seed, config, run_dir(out, config))
+        for arm, seeds in experiment.runs.items()
+        for seed, config in seeds.items()
+    ]
+    return Results(experiment, trials, out)
+
+
+def _read_trial(arm: str, seed: int, config: RunConfig, run: RunDir) -> Trial:
+    """Returns what one run directory holds."""
+    run.refuse_other(config)
+    status, summary, series = run.status(), run.summary(), run.series()
+    step = summary.get("step") or max((one.steps[-1] for one in series.values()), default=0)
+    return Trial(
+        arm=arm, seed=seed, config=config, run_id=run_id(config), path=run.path, state=status["state"], step=step,
+        attempt=status.get("attempt", 0), error=status.get("error") or "", env=run.env(), series=series,
+        duration_s=summary.get("duration_s"),
+    )  # fmt: skip

@@ -1,0 +1,190 @@
+"""Run directories: one folder per run, named by the run's identity.
+
+    runs/trials/<run_id>/   config.yaml env.json status.json metrics.jsonl checkpoints/ logs/ summary.json
+
+`config.yaml` is written before anything else and never changes; `metrics.jsonl` is the record; everything is replaced
+atomically, so a kill at any moment leaves a directory that the same command continues from.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from precision_lab.runner.atomic import read_json, write_json, write_text
+from precision_lab.runner.identity import plain, run_id
+from precision_lab.runner.metrics import JsonlSink, Series, decode_number, encode_number, read_rows, series
+from precision_lab.runner.resolve import validate_run
+from precision_lab.runner.yaml12 import dump, parse_file
+from precision_lab.training.config import RunConfig
+
+TRIALS = "trials"
+FINISHED = frozenset({"done", "diverged"})
+"""States that the same configuration would reach again; a failed or interrupted run is taken up once more."""
+
+
+class BusyError(Exception):
+    """Another process is executing the run."""
+
+
+class RunDir:
+    """The files of one run. Reading never changes anything; `claim` is what allows writing."""
+
+    def __init__(self, path: Path) -> None:
+        """Names a run directory, which need not exist."""
+        self.path = Path(path)
+
+    @property
+    def id(self) -> str:
+        return self.path.name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def exists(self) -> bool:
+        """Returns whether a run was ever prepared here."""
+        return (self.path / "config.yaml").exists()
+
+    def config(self) -> RunConfig:
+        """Returns the configuration the run was made with.
+
+        Raises:
+          ValueError: the file is missing, or is not a valid configuration any more.
+        """
+        path = self.path / "config.yaml"
+        if not path.exists():
+            raise ValueError(f"{self.path} is not a run directory: it has no config.yaml.")
+        data, places = parse_file(path)
+        return validate_run(data, places, source=str(path))
+
+    def status(self) -> dict[str, Any]:
+        """Returns `status.json`, with state `queued` where there is none and `stopped` where its process is gone."""
+        path = self.path / "status.json"
+        status = read_json(path) if path.exists() else {"state": "queued", "attempt": 0}
+        if status["state"] == "running" and not self.is_locked():
+            status["state"] = "stopped"
+        return status
+
+    def env(self) -> dict[str, Any]:
+        """Returns the fingerprint of the machine that made the run, empty before the first attempt."""
+        path = self.path / "env.json"
+        return read_json(path) if path.exists() else {}
+
+    def summary(self) -> dict[str, Any]:
+        """Returns `summary.json`, empty for an unfinished run."""
+        path = self.path / "summary.json"
+        summary = read_json(path) if path.exists() else {}
+        if "metrics" in summary:
+            summary["metrics"] = {key: decode_number(value) for key, value in summary["metrics"].items()}
+        return summary
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Returns the rows of `metrics.jsonl`."""
+        return read_rows(self.path / "metrics.jsonl")
+
+    def series(self) -> dict[str, Series]:
+        """Returns every logged metric by its name, `split/metric`."""
+        return series(self.rows())
+
+    def log(self, attempt: int) -> Path:
+        """Returns where an attempt keeps its log, written only if there is something to say."""
+        return self.path / "logs" / f"attempt-{attempt}.log"
+
+    def is_locked(self) -> bool:
+        """Returns whether some process is executing the run now."""
+        lock = self.path / "lock"
+        if not lock.exists():
+            return False
+        try:
+            with FileLock(lock, timeout=0):
+                return False
+        except Timeout:
+            return True
+        except OSError:  # A results folder that may only be read: whoever runs there cannot be told from here.
+            return False
+
+    def refuse_other(self, config: RunConfig) -> None:
+        """Raises ValueError if the directory holds something else than a run of `config`; changes nothing."""
+        if not self.path.exists():
+            return
+        if not self.exists():
+            # The lock may be all that an earlier process had time to make.
+            if {item.name for item in self.path.iterdir()} - {"lock"}:
+                raise ValueError(f"{self.path} is not a run directory, and not empty. Choose another --out.")
+            return
+        found = run_id(self.config())
+        if found != run_id(config):
+            raise ValueError(
+                f"{self.path} holds a run of another configuration ({found}); its config.yaml was changed or the "
+                f"folder renamed. Move it away or choose another --out."
+            )
+
+    @contextmanager
+    def claim(self, config: RunConfig, *, wait: bool) -> Iterator[None]:
+        """Holds the run for this process, and prepares the directory on first use.
+
+        Raises:
+          BusyError: another process holds it, and `wait` is false.
+          ValueError: the directory belongs to another configuration.
+        """
+        self.refuse_other(config)
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / "lock", timeout=-1 if wait else 0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise BusyError(self.id) from None
+        try:
+            if not self.exists():
+                write_text(self.path / "config.yaml", config_text(config))
+            yield
+        finally:
+            lock.release()
+
+    def start(self, env: Mapping[str, Any]) -> int:
+        """Notes that an attempt begins, and returns its number, from 1."""
+        attempt = int(self.status().get("attempt", 0)) + 1
+        write_json(self.path / "env.json", dict(env))
+        self._write_status(state="running", attempt=attempt, pid=os.getpid(), host=socket.gethostname(), error=None)
+        return attempt
+
+    def sink(self, attempt: int) -> JsonlSink:
+        """Opens the record for appending."""
+        return JsonlSink(self.path / "metrics.jsonl", attempt)
+
+    def finish(self, state: str, *, step: int, metrics: Mapping[str, float], duration_s: float, attempt: int) -> None:
+        """Notes the result: the summary first, the state last, so that a finished run always has both."""
+        encoded = {key: encode_number(value) for key, value in metrics.items()}
+        summary = {"run_id": self.id, "state": state, "step": step, "attempt": attempt, "duration_s": duration_s}
+        write_json(self.path / "summary.json", {**summary, "metrics": encoded})
+        self._write_status(state=state, attempt=attempt, step=step, error=None)
+
+    def stop(self, state: str, *, attempt: int, error: str | None) -> None:
+        """Notes that an attempt ended without a result."""
+        self._write_status(state=state, attempt=attempt, error=error)
+
+    def _write_status(self, **status: Any) -> None:
+        """Replaces `status.json`."""
+        write_json(self.path / "status.json", {**status, "unix_s": round(time.time(), 3)})
+
+
+def config_text(config: RunConfig) -> str:
+    """Returns the resolved configuration as YAML, defaults included."""
+    return dump(plain(config))
+
+
+def run_dir(root: Path, config: RunConfig) -> RunDir:
+    """Returns the directory of a run under the folder of all results."""
+    return RunDir(Path(root) / TRIALS / run_id(config))
+
+
+def all_runs(root: Path) -> list[RunDir]:
+    """Returns every run directory under the folder of all results, by name."""
+    folder = Path(root) / TRIALS
+    return [RunDir(path.parent) for path in sorted(folder.glob("*/config.yaml"))]

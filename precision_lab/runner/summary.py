@@ -1,0 +1,129 @@
+"""What every report says in words: what was varied, on what it ran, and how to run it again."""
+
+import shlex
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+from precision_lab.runner.identity import plain, policy_name
+
+if TYPE_CHECKING:
+    from precision_lab.runner.results import Results
+
+TIMELINES = ("train/loss_scale", "train/skipped_steps", "train/zero_grad_fraction", "train/unchanged_fraction")
+"""What training logs about the numbers themselves; shown where some run logged it."""
+
+
+def varied(results: "Results") -> dict[str, dict[str, Any]]:
+    """Returns for each arm the dotted keys in which it differs from the baseline, and its values there.
+
+    A key that only the baseline has is given as None.
+    """
+    runs = {arm: next(iter(seeds.values())) for arm, seeds in results.experiment.runs.items()}
+    base = _flat_run(runs[results.experiment.baseline_arm])
+    return {arm: _changes(base, run) for arm, run in runs.items()}
+
+
+def _changes(base: Mapping[str, Any], run: BaseModel) -> dict[str, Any]:
+    """Returns what a run changes; of another kind only what is not its default, the kind as `loss_scale=dynamic`."""
+    own = _flat_run(run)
+    changed = {key: own.get(key) for key in {**own, **base} if own.get(key) != base.get(key)}
+    kinds = {key.removesuffix(".kind") for key in changed if key.endswith(".kind")}
+    implied = defaults(run) | (set(base) - set(own))
+    kept = {key: value for key, value in changed.items() if key.rpartition(".")[0] not in kinds or key not in implied}
+    return {key.removesuffix(".kind"): value for key, value in kept.items()}
+
+
+def defaults(model: BaseModel, prefix: str = "") -> set[str]:
+    """Returns the dotted keys that have their default value, kinds apart."""
+    found: set[str] = set()
+    for name, field in type(model).model_fields.items():
+        value = getattr(model, name)
+        if isinstance(value, BaseModel):
+            found |= defaults(value, f"{prefix}{name}.")
+        elif name != "kind" and value == field.default:
+            found.add(f"{prefix}{name}")
+    return found
+
+
+def _flat_run(run: BaseModel) -> dict[str, Any]:
+    """Returns a run's configuration with dotted keys, its policy by name if it has one."""
+    keys = flat(plain(run))
+    return {**keys, "policy": policy_name(keys["policy"])}
+
+
+def flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns nested mappings as one mapping with dotted keys."""
+    if not isinstance(data, Mapping):
+        return {prefix: data}
+    items = [flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in data.items()]
+    return {key: value for item in items for key, value in item.items()}
+
+
+def change_text(changes: Mapping[str, Any]) -> str:
+    """Returns changes as `policy=float16_pure, train.loss_shift=16`."""
+    return ", ".join(f"{key}={_value_text(value)}" for key, value in changes.items())
+
+
+def _value_text(value: Any) -> str:
+    """Returns a value as it would be written after `--set`."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "none"}[value]
+    return str(value)
+
+
+def shared(results: "Results") -> dict[str, Any]:
+    """Returns the dotted keys that all arms agree on and that are not defaults, without the seed."""
+    run = next(iter(results.experiment.runs[results.experiment.baseline_arm].values()))
+    changed = {key for changes in varied(results).values() for key in changes} | {"seed"}
+    implied = defaults(run) | {key for key in _flat_run(run) if _within(key, changed)}
+    return {key.removesuffix(".kind"): value for key, value in _flat_run(run).items() if key not in implied}
+
+
+def _within(key: str, changed: set[str]) -> bool:
+    """Returns whether a dotted key, or something around it, was changed."""
+    parts = key.split(".")
+    return any(".".join(parts[:end]) in changed for end in range(1, len(parts) + 1))
+
+
+def environments(results: "Results") -> dict[str, list[str]]:
+    """Returns the fingerprint of the runs: by key every value that occurs, one where the runs agree."""
+    found: dict[str, list[str]] = {}
+    for one in results.trials:
+        for key, value in one.env.items():
+            text = "" if value is None else str(value)
+            if text not in found.setdefault(key, []):
+                found[key].append(text)
+    return {key: values for key, values in found.items() if values != [""]}
+
+
+def command(results: "Results", arm: str | None = None) -> str:
+    """Returns the command that runs the experiment, or one arm of it, again."""
+    words = results.experiment.words or (shlex.quote(str(results.folder)),)
+    out = () if str(results.out) == "runs" else ("--out", shlex.quote(str(results.out)))
+    if arm is not None:
+        first = words.index("--arm") if "--arm" in words else len(words)
+        words = (*words[:first], "--arm", shlex.quote(arm))
+    return " ".join(("precision-lab run", *words, *out))
+
+
+def claimed(results: "Results") -> str:
+    """Returns how many claims were reproduced, in words."""
+    verdicts = [one.verdict for one in results.verdicts]
+    if not verdicts:
+        return "no claims to judge"
+    parts = [f"{verdicts.count('reproduced')} of {len(verdicts)} claims reproduced"]
+    parts += [f"{count} {text}" for text, count in (
+        ("not reproduced", verdicts.count("not_reproduced")), ("inconclusive", verdicts.count("inconclusive"))
+    ) if count]  # fmt: skip
+    return ", ".join(parts)
+
+
+def run_count(results: "Results") -> str:
+    """Returns how many runs there are and how many of them did not finish, in words."""
+    unfinished = [one for one in results.trials if one.state != "done"]
+    numbers = (len(results.experiment.arms), len(results.experiment.seeds), len(results.trials))
+    named = zip(numbers, ("arm", "seed", "run"), strict=True)
+    text = ", ".join(f"{number} {name}{'' if number == 1 else 's'}" for number, name in named)
+    return f"{text}, {len(unfinished)} of them not finished" if unfinished else text
