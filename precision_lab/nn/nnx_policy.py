@@ -31,12 +31,22 @@ def nnx_under_policy(model: nnx.Module, policy: Policy) -> Any:
 
 
 def nnx_sites(model: nnx.Module, policy: Policy, *args: Any, **kwargs: Any) -> SiteTable:
-    """Returns the sites of `model(*args, **kwargs)` under `policy`."""
+    """Returns the sites of `model(*args, **kwargs)` under `policy`; arrays may be ShapeDtypeStructs."""
     copy = nnx.clone(model)
     plain = _plain_class(type(copy))
     _open_scopes(copy)
-    pure = _pure(plain, copy, args, kwargs)
-    return sites_of_function(pure.fn, policy, pure.params, pure.rest)
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    structs = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)}
+    tables = []
+
+    def trace(arrays: dict[int, Any]) -> None:
+        # NNX takes arrays apart, and structs for constants; so under a trace, where structs are arrays.
+        args, kwargs = jax.tree.unflatten(tree, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
+        pure = _pure(plain, copy, args, kwargs)
+        tables.append(sites_of_function(pure.fn, policy, pure.params, pure.rest))
+
+    jax.eval_shape(trace, structs)
+    return tables[0]
 
 
 class _Pure(NamedTuple):

@@ -219,6 +219,8 @@ class RunConfig(FrozenConfig):
     @field_validator("policy", mode="before")
     @classmethod
     def _canonical_policy(cls, value: Any) -> str:
+        if not isinstance(value, str | Policy):
+            raise ValueError(f"expected a policy such as float32 or 'params=float32,compute=bfloat16', got {value!r}")
         return str(Policy.parse(value))
 
     @model_validator(mode="after")

@@ -46,7 +46,7 @@ class Hyper(NamedTuple):
 def hyper(config: RunConfig) -> Hyper:
     """Returns the numbers that `config` passes to its step."""
     shift = config.train.loss_shift
-    # ldexp is exact, so float32 sees the same learning rate with another exponent.
+    # A product with a power of two is exact, so float32 sees the same learning rate with another exponent.
     return Hyper(jnp.float32(config.optim.lr) * jnp.float32(2.0**shift), jnp.float32(2.0**-shift))
 
 

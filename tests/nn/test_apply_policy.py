@@ -317,6 +317,14 @@ def test_sites_of_an_nnx_model_go_by_module_paths_also_without_parameters():
     assert {row["compute"] for row in table.to_dicts()} == {"bfloat16"}
 
 
+def test_sites_need_shapes_only():
+    model = NnxTransformer(rngs=nnx.Rngs(0))
+    tokens = jax.ShapeDtypeStruct(TOKENS.shape, TOKENS.dtype)
+
+    assert sites(model, tokens, policy="bfloat16_mixed") == sites(model, TOKENS, policy="bfloat16_mixed")
+    assert sites(lambda p, x: x @ p, jnp.ones((2, 2), int), jnp.ones((2, 2), int))[0].reason == "int32 operand"
+
+
 def test_sites_of_a_linen_model_go_by_module_paths():
     model = LinenTransformer()
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), TOKENS))

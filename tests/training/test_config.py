@@ -34,6 +34,8 @@ def errors(**changes):
         ({"train": {"steps": 0}}, ("train", "steps"), "greater than or equal to 1"),
         ({"train": {"steps": True}}, ("train", "steps"), "valid integer"),
         ({"train": {"steps": 1, "on_nonfinite": "skip"}}, ("train", "on_nonfinite"), "'stop' or 'continue'"),
+        ({"policy": None}, ("policy",), "expected a policy such as float32"),
+        ({"policy": True}, ("policy",), "expected a policy such as float32"),
         ({"policy": "params=flaot32"}, ("policy",), "float32"),
         ({"policy": "params=float8_e5m2"}, ("policy",), "training can store float32, bfloat16, float16"),
         ({"master_weights": True}, ("master_weights",), "needs 16-bit parameters"),
