@@ -32,7 +32,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     try:
         app(list(args) if args is not None else None, prog_name="precision-lab")
     except (ValueError, OSError) as error:
-        if os.environ.get("PRECISION_LAB_TRACEBACK"):
+        if os.environ.get("PRECISION_LAB_TRACEBACK", "0") not in ("", "0"):
             raise
         complain(error)
     sys.exit(BAD_INPUT)

@@ -126,4 +126,4 @@ def _missing(file: DataFile, failures: list[str]) -> str:
 def _first_line(error: Exception) -> str:
     """Returns the kind of an error and the first line of its text, shortened."""
     text = (str(error).splitlines() or [""])[0]
-    return f"{type(error).__name__} {text[:120]}".strip()
+    return f"{type(error).__name__} {text if len(text) <= 100 else text[:97] + '...'}".strip()

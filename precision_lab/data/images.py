@@ -15,7 +15,7 @@ import numpy as np
 
 from precision_lab.data.config import Cifar10Config, DigitsConfig, FashionMnistConfig, MnistConfig
 from precision_lab.data.dataset import ArraySplit, Dataset
-from precision_lab.data.files import DataFile, find
+from precision_lab.data.files import DataError, DataFile, data_dir, find
 from precision_lab.models.config import DataSpec
 
 _FASHION = {
@@ -77,8 +77,20 @@ def load_mnist(config: MnistConfig) -> Dataset:
 
 def load_cifar10(config: Cifar10Config) -> Dataset:
     """Returns CIFAR-10 with its own split, 50000 and 10000, or the subset of 10000 and 2000."""
-    pairs = read_npz(find(CIFAR_SUBSET_FILE)) if config.subset else read_cifar10(find(CIFAR_FILE))
+    pairs = read_npz(find(CIFAR_SUBSET_FILE)) if config.subset else read_cifar10(_find_cifar10())
     return _image_dataset(config.spec(), *pairs)
+
+
+def _find_cifar10() -> Path:
+    """Returns where the original file is; says so if only the subset is there."""
+    try:
+        return find(CIFAR_FILE)
+    except DataError as error:
+        folder = data_dir()
+        if folder is None or not (folder / CIFAR_SUBSET_FILE.name).is_file():
+            raise
+        there = f"'{CIFAR_SUBSET_FILE.name}' is there: set data.subset to true to train on it."
+        raise DataError(f"{there} Otherwise: {error}") from None
 
 
 Pair = tuple[np.ndarray, np.ndarray]

@@ -7,7 +7,7 @@ another module it would be passed over in silence, so that is refused.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import linen
@@ -97,6 +97,9 @@ def _plain_class(cls: type) -> Any:
 
 def _split(variables: Any) -> tuple[Any, dict[str, Any]]:
     """Returns the params collection and all others."""
+    if not isinstance(variables, Mapping):
+        kind = type(variables).__name__
+        raise TypeError(f"a Linen module takes its variables first, a mapping of collections; got {kind}.")
     return variables.get("params", {}), {name: tree for name, tree in variables.items() if name != "params"}
 
 

@@ -89,6 +89,9 @@ def _format(name: str, spec: str, also: Any = ()) -> Format:
     try:
         return formats.format(name)
     except ValueError as error:
+        close = difflib.get_close_matches(name.lower(), also, n=1, cutoff=0.8)
+        if close:
+            raise ValueError(f"policy '{spec}': no format or preset '{name}'; did you mean '{close[0]}'?") from None
         hint = f" Presets: {', '.join(also)}." if also else ""
         raise ValueError(f"policy '{spec}': {error}{hint}") from None
 

@@ -1,7 +1,8 @@
 """Claims: what a paper says, as data that a run can be held against, and the verdict on each.
 
 Every comparison is paired: the arms of one seed share initialisation and batch order, so `d = a - b` is formed seed by
-seed. A missing arm, a crash, a divergence or a value that is not finite makes a claim inconclusive, never a pass.
+seed. A missing arm, a crash, a divergence or a value that is not finite makes a claim inconclusive, never a pass;
+only `close` and `equal` are refuted where one of the two arms diverged and the other did not.
 
     {kind: gt, a: x, b: y, metric: eval/loss, margin: 0.03}       mean of d > margin, and d > 0 on every seed
     {kind: close, a: x, b: y, metric: eval/loss, margin: 0.06}    |mean of d| <= margin
@@ -16,7 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -25,6 +26,10 @@ REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE = "reproduced", "not_reproduced", "inco
 
 Value = Callable[[str, int, str, str], "float | str"]
 """`value(arm, seed, metric, reduce)`: the number, or the reason why there is none."""
+
+
+class Diverged(str):
+    """The reason why a run has no number, where it ran and its loss stopped being finite."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,9 @@ class _Claim(BaseModel):
     metric: str
     reduce: Reduce = "last"
 
+    divergence_refutes: ClassVar[bool] = False
+    """Whether the claim is wrong, and not undecided, where one of its arms diverged and another did not."""
+
     def names(self) -> list[tuple[str, str]]:
         """Returns the arms the claim speaks of, each with the key that names it."""
         raise NotImplementedError
@@ -80,6 +88,8 @@ class _Claim(BaseModel):
 
     def judge(self, value: Value, seeds: Sequence[int]) -> Verdict:
         """Returns the verdict on the claim from what each arm reached on each seed."""
+        if self.divergence_refutes and (because := self._divergence(value, seeds)):
+            return self._verdict(NOT_REPRODUCED, because, {}, seeds)
         numbers: dict[str, list[float]] = {}
         for _, arm in self.names():
             for seed in seeds:
@@ -92,6 +102,16 @@ class _Claim(BaseModel):
             return self._verdict(INCONCLUSIVE, "no seed was run", {}, seeds)
         holds, because, shown = self._decide(numbers)
         return self._verdict(REPRODUCED if holds else NOT_REPRODUCED, because, shown, seeds)
+
+    def _divergence(self, value: Value, seeds: Sequence[int]) -> str:
+        """Returns which arm diverged on a seed on which another ended with a number, empty if none did."""
+        for seed in seeds:
+            found = {arm: value(arm, seed, self.metric, self.reduce) for _, arm in self.names()}
+            finite = [arm for arm, one in found.items() if not isinstance(one, str) and math.isfinite(one)]
+            diverged = [arm for arm, one in found.items() if isinstance(one, Diverged)]
+            if finite and diverged:
+                return f"{diverged[0]}, seed {seed}: {found[diverged[0]]}, while {finite[0]} did not diverge"
+        return ""
 
     def _verdict(self, verdict: str, because: str, numbers: dict[str, list[float]], seeds: Sequence[int]) -> Verdict:
         kind = getattr(self, "kind", "")
@@ -143,6 +163,7 @@ class Close(_Pair):
     """`a` and `b` differ by no more than a margin on average."""
 
     kind: Literal["close"] = "close"
+    divergence_refutes = True
     margin: float = Field(ge=0, allow_inf_nan=False)
 
     def _terms(self) -> str:
@@ -158,6 +179,7 @@ class Equal(_Pair):
     """`a` and `b` agree on every seed, to the last bit unless a tolerance is given."""
 
     kind: Literal["equal"] = "equal"
+    divergence_refutes = True
     tol: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
     def _terms(self) -> str:

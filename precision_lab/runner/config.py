@@ -93,6 +93,11 @@ class ExperimentConfig(BaseModel):
         rest = {key: value for key, value in given.items() if key not in BASE_KEYS}
         return {**rest, "base": {key: value for key, value in given.items() if key in BASE_KEYS}}
 
+    @classmethod
+    def written_keys(cls) -> list[str]:
+        """Returns what may stand at the top level of a file, where the keys of `base` stand themselves."""
+        return sorted({*cls.model_fields, *BASE_KEYS, "presets"} - {"base"})
+
     @model_validator(mode="after")
     def _resolve(self, info: ValidationInfo) -> "ExperimentConfig":
         """Validates every run, and whatever names an arm or a metric."""

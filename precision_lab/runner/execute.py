@@ -78,7 +78,8 @@ def check(experiment: ExperimentConfig, out: str | os.PathLike[str] = "runs") ->
         try:
             training.check(config)
         except ValueError as error:
-            raise ValueError(experiment.locate(arm, "policy", f"arm {arm!r}: {error}")) from None
+            key = "data" if str(error).startswith("data.") else "policy"
+            raise ValueError(experiment.locate(arm, key, f"arm {arm!r}: {error}")) from None
     return planned
 
 

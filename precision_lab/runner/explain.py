@@ -138,7 +138,9 @@ def _message(one: Mapping[str, Any], keys: Keys, cls: type[BaseModel], tree: Tre
     """Returns what is wrong with one value, and the way out."""
     kind, context, value = one["type"], one.get("ctx", {}), one.get("input")
     if kind == "extra_forbidden":
-        return f"unknown key{suggestion(str(keys[-1]), known_keys(cls, keys[:-1], tree.data))}"
+        written = getattr(cls, "written_keys", None) if len(keys) == 1 else None
+        known = written() if written else known_keys(cls, keys[:-1], tree.data)
+        return f"unknown key{suggestion(str(keys[-1]), known)}"
     if kind == "unknown_kind":
         return str(one["msg"])
     if kind == "missing":

@@ -189,9 +189,16 @@ def _timelines(results: "Results") -> str:
     svg = plots.curves(results, told, name="timelines")
     return _figure(
         svg,
-        "Loss scale; steps skipped so far; share of gradient values that are exactly zero; share of "
-        "weights that a step left unchanged.",
+        "; ".join(_TOLD[metric] for metric in told).capitalize() + ".",
     )
+
+
+_TOLD = {
+    "train/loss_scale": "loss scale",
+    "train/skipped_steps": "steps skipped so far",
+    "train/zero_grad_fraction": "share of gradient values that are exactly zero",
+    "train/unchanged_fraction": "share of weights that a step left unchanged",
+}
 
 
 def _distinct(results: "Results", metric: str) -> set[float]:

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from precision_lab.runner.results import Results
 
 # Source: Okabe and Ito, "Color Universal Design", 2008. Their yellow is left out: too pale for a line on white.
+# Okabe and Ito's palette, then Paul Tol's muted one for experiments with many arms.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS += ("#882255", "#999933", "#332288", "#44AA99", "#AA4499", "#117733", "#DDCC77")
 # Only the first arm is solid, and lies beneath the others: dashes on top of it show where curves coincide.
 DASHES = ((0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (9, 3)), (0, (3, 1, 1, 1, 1, 1)), (0, (2, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")

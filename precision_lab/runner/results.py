@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from precision_lab.runner.claims import Verdict
+from precision_lab.runner.claims import Diverged, Verdict
 from precision_lab.runner.config import ExperimentConfig
 from precision_lab.runner.identity import run_id
 from precision_lab.runner.metrics import Series, encode_number
@@ -59,7 +59,7 @@ class Trial:
     def trouble(self) -> str:
         """Returns what kept the run from finishing, empty for a finished one."""
         if self.state == "diverged":
-            return f"diverged at step {self.step}"
+            return Diverged(f"diverged at step {self.step}")
         if self.state == "failed":
             return f"failed: {self.error}" if self.error else "failed"
         return {"done": "", "queued": "not run"}.get(self.state, f"{self.state} at step {self.step}")

@@ -190,7 +190,7 @@ class TrainConfig(FrozenConfig):
     eval_every: PositiveInt | None = None
     log_every: PositiveInt = 50
     checkpoint_every: PositiveInt | None = None
-    eval_examples: PositiveInt | None = None
+    eval_examples: PositiveInt | None = 10_000
     loss_shift: Annotated[Int, Field(ge=-64, le=64)] = 0
     on_nonfinite: Literal["stop", "continue"] = "stop"
 

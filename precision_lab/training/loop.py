@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from precision_lab import data
-from precision_lab.data import DataConfig, Dataset, DataSpec, Split
+from precision_lab.data import DataConfig, Dataset, Split
 from precision_lab.training.checkpointing import Checkpoints
 from precision_lab.training.config import RunConfig
 from precision_lab.training.optimizer import hyper
@@ -55,10 +55,13 @@ def check(config: RunConfig) -> None:
     """Makes sure that a run can start: traces its step, without compiling, running or writing anything.
 
     Raises:
-      ValueError: the model cannot learn the data, or a rule of the policy matches no site.
-      DataError: the data has to be loaded to know its shape, and cannot be.
+      ValueError: the model cannot learn the data, a rule of the policy matches no site, or a batch is larger than the
+        training split.
+      DataError: the data cannot be loaded.
     """
-    check_program(program_for(config, _spec(config.data)), config)
+    dataset = _dataset(config.data)  # pyright: ignore[reportArgumentType] (frozen: hashable)
+    data.batches(dataset, config.data, config.seed)
+    check_program(program_for(config, dataset.spec), config)
 
 
 def train(
@@ -206,8 +209,3 @@ def evaluate(
 def _dataset(config: DataConfig) -> Dataset:
     """Returns the data set; the same object for all runs of a sweep."""
     return data.load(config)
-
-
-def _spec(config: DataConfig) -> DataSpec:
-    """Returns what the data asks of a model, if possible without loading it."""
-    return config.spec() or _dataset(config).spec  # pyright: ignore[reportArgumentType]

@@ -86,7 +86,7 @@ class LinesView:
 
     def start(self, clock: Clock, finished: int, total_runs: int) -> None:
         """Announces the run."""
-        self._write(f"[{finished + 1}/{total_runs}] {clock.label}: {clock.total} steps")
+        self._write(f"[{finished + 1}/{total_runs}] {clock.label}: {clock.total} steps (compiling first)")
         self._set_next(clock)
 
     def update(self, clock: Clock) -> None:
@@ -98,7 +98,7 @@ class LinesView:
 
     def end(self, clock: Clock, status: str, finished: int, total_runs: int) -> None:
         """Writes how the run ended."""
-        loss = "" if math.isnan(clock.loss) and status == "done" else f", loss {clock.loss:.4g}"
+        loss = "" if math.isnan(clock.loss) else f", loss {clock.loss:.4g}"
         self._write(f"[{finished}/{total_runs}] {clock.label}: {status}{loss}, {_duration(clock.elapsed_s())}")
 
     def close(self) -> None:

@@ -3,7 +3,7 @@ import math
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from precision_lab.runner.claims import Claim
+from precision_lab.runner.claims import Claim, Diverged
 
 CLAIM = TypeAdapter(Claim)
 SEEDS = (0, 1, 2)
@@ -111,3 +111,19 @@ def test_the_author_says_it_in_his_own_words():
 def test_a_claim_that_makes_no_sense_is_refused(claim, message):
     with pytest.raises(ValidationError, match=message):
         CLAIM.validate_python({"metric": "eval/loss", **claim})
+
+
+@pytest.mark.parametrize("claim", [CLOSE, {"kind": "equal", "a": "x", "b": "y"}])
+@pytest.mark.parametrize("diverged", ["x", "y"])
+def test_an_arm_that_diverged_is_not_close_to_one_that_did_not(claim, diverged):
+    numbers = {arm: [Diverged("diverged at step 7") if arm == diverged else 1.0] for arm in ("x", "y")}
+
+    verdict = judge(claim, numbers, seeds=[0])
+
+    assert verdict.verdict == "not_reproduced"
+    assert "diverged at step 7, while" in verdict.because
+
+
+@pytest.mark.parametrize("other", [Diverged("diverged at step 9"), "failed: KeyError"])
+def test_where_no_arm_ended_with_a_number_closeness_is_undecided(other):
+    assert judge(CLOSE, {"x": [Diverged("diverged at step 7")], "y": [other]}, seeds=[0]).verdict == "inconclusive"

@@ -169,6 +169,11 @@ def test_evaluation_is_the_mean_over_the_examples_however_they_are_cut():
     assert values[512, 1]["accuracy"] in (0.0, 1.0)
 
 
+def test_a_batch_larger_than_the_data_is_refused_by_check():
+    with pytest.raises(ValueError, match=r"data\.batch is 100000, but digits has only 1437 training examples"):
+        training.check(config(data={"batch": 100_000}))
+
+
 def test_a_run_that_cannot_start_is_refused_by_check():
     training.check(config())
     with pytest.raises(ValueError, match="nowhere"):

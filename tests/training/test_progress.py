@@ -62,7 +62,7 @@ def test_a_resumed_run_counts_its_own_steps_only():
 def test_lines_come_every_tenth_of_a_run():
     lines = lines_of(1000, seconds_per_step=0.001)
 
-    assert lines[0] == "[1/2] arm, seed 0: 1000 steps"
+    assert lines[0] == "[1/2] arm, seed 0: 1000 steps (compiling first)"
     assert [line.split(",")[1].strip() for line in lines[1:-1]] == [
         "seed 0: step " + f"{n}/1000" for n in range(100, 1000, 100)
     ]

@@ -1,0 +1,59 @@
+"""The experiments that are shipped, and the page that says how to write one."""
+
+import pathlib
+import re
+
+import pytest
+import yaml
+
+from precision_lab import runner
+from precision_lab.data import config as data_config
+from precision_lab.models import config as models_config
+from precision_lab.runner import claims
+from precision_lab.runner.config import ExperimentConfig
+from precision_lab.runner.known import metric_names
+from precision_lab.training import config as training_config
+
+FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
+CONFIGS = sorted(FOLDER.glob("*/config.yaml"))
+PAGE = (FOLDER / "README.md").read_text()
+
+
+def names_in_code(text):
+    """Every word that stands in code on the page."""
+    code = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    return set(re.findall(r"[A-Za-z_0-9]+", " ".join(code)))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.parent.name)
+def test_every_shipped_experiment_and_all_its_presets_are_valid(path):
+    presets = yaml.safe_load(path.read_text()).get("presets", {})
+
+    for name in (None, *presets):
+        experiment = runner.load(path, presets=[name] if name else [])
+        assert experiment.name == path.parent.name
+    assert {"smoke", "full"} <= set(presets)
+
+
+def test_the_page_names_every_key_every_kind_and_every_metric():
+    known = names_in_code(PAGE)
+    fields = set(ExperimentConfig.written_keys())
+    for module in (models_config, data_config, training_config, claims):
+        for cls in vars(module).values():
+            if isinstance(cls, type) and cls.__module__ == module.__name__ and hasattr(cls, "model_fields"):
+                fields |= set(cls.model_fields) - {"seed"}
+                kind = cls.model_fields.get("kind")
+                fields |= {kind.default} if kind is not None and not kind.is_required() else set()
+    example = runner.load(FOLDER / "mixed_precision")
+    run = next(iter(example.runs["float32"].values()))
+    fields |= {part for name in metric_names(run) for part in name.split("/")}
+
+    assert sorted(fields - known - {"arms", "claims", "seeds"}) == []
+
+
+def test_the_example_of_the_page_is_valid(tmp_path):
+    (tmp_path / "config.yaml").write_text(re.search(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)[1])
+
+    experiment = runner.load(tmp_path)
+
+    assert experiment.size() == 9
