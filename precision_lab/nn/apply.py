@@ -38,6 +38,10 @@ def apply_policy(target: Target, policy: Any) -> Target:
     Raises:
       TypeError: `target` is none of these.
       ValueError: the policy cannot be parsed; on a call, a rule that matches no site.
+
+    The policy acts on calls: `model(...)` in NNX, `apply` (with any `method=`) in Linen. Another method of an NNX model
+    called from outside, such as `model.encode(x)`, runs without it, as does `flax.linen.apply`; make a function of the
+    parameters from it and apply the policy to that.
     """
     policy = Policy.parse(policy)
     if isinstance(target, nnx.Module):
@@ -70,7 +74,8 @@ def sites(target: Any, *args: Any, policy: Any = "float32", **kwargs: Any) -> Si
         if isinstance(target, linen.Module):
             return linen_sites(target, policy, *args, **kwargs)
         _require_function(target)
-        return sites_of_function(target, policy, *args, **kwargs)
+        params, *rest = args
+        return sites_of_function(target, policy, params, rest, kwargs)
 
 
 def _require_function(target: Any) -> None:

@@ -32,7 +32,7 @@ def linen_sites(module: linen.Module, policy: Policy, variables: Any, *args: Any
     """Returns the sites of `module.apply(variables, *args, **kwargs)` under `policy`."""
     params, rest = _split(variables)
     plain = _plain_class(type(module))
-    return sites_of_function(_apply(module), policy, params, rest, args, kwargs, root=plain.__name__)
+    return sites_of_function(_apply(module), policy, params, [rest, args, kwargs], {}, root=plain.__name__)
 
 
 @functools.cache
@@ -49,7 +49,7 @@ def _class_under_policy(plain: Any, policy: Policy) -> type:
 
     def apply(self: Any, variables: Any, *args: Any, **kwargs: Any) -> Any:
         params, rest = _split(variables)
-        out = call(_apply(self), policy, params, rest, args, kwargs, root=plain.__name__)
+        out = call(_apply(self), policy, params, [rest, args, kwargs], {}, root=plain.__name__)
         if kwargs.get("mutable") or kwargs.get("capture_intermediates"):
             return policy.cast_to_output(out[0]), out[1]
         return policy.cast_to_output(out)
@@ -61,7 +61,7 @@ def _class_under_policy(plain: Any, policy: Policy) -> type:
     def init_with_output(self: Any, rngs: Any, *args: Any, **kwargs: Any) -> Any:
         variables = self.init(rngs, *args, **kwargs)
         kwargs.pop("mutable", None)
-        return self.apply(variables, *args, rngs=rngs, **kwargs), variables
+        return self.apply(variables, *args, rngs=rngs, mutable=True, **kwargs)[0], variables
 
     def bind(self: Any, *_: Any, **__: Any) -> Any:
         raise ValueError(

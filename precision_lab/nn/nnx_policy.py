@@ -43,7 +43,7 @@ def nnx_sites(model: nnx.Module, policy: Policy, *args: Any, **kwargs: Any) -> S
         # NNX takes arrays apart, and structs for constants; so under a trace, where structs are arrays.
         args, kwargs = jax.tree.unflatten(tree, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
         pure = _pure(plain, copy, args, kwargs)
-        tables.append(sites_of_function(pure.fn, policy, pure.params, pure.rest))
+        tables.append(sites_of_function(pure.fn, policy, pure.params, [pure.rest], {}))
 
     jax.eval_shape(trace, structs)
     return tables[0]
@@ -90,7 +90,7 @@ def _class_under_policy(plain: type, policy: Policy) -> type:
     @functools.wraps(plain.__call__)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
         pure = _pure(plain, self, args, kwargs)
-        out, changed = call(pure.fn, policy, pure.params, pure.rest)
+        out, changed = call(pure.fn, policy, pure.params, [pure.rest], {})
         nnx.update((self, args, kwargs), changed)
         return policy.cast_to_output(out)
 

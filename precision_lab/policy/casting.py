@@ -27,6 +27,11 @@ def cast_floating(tree: Tree, dtype: Any) -> Tree:
 
 def _cast_leaf(leaf: Any, dtype: np.dtype) -> Any:
     """Casts one leaf, or returns it as it is."""
+    import jax
+
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        castable = leaf.dtype != dtype and str(leaf.dtype) in CASTABLE
+        return leaf.update(dtype=dtype) if castable else leaf
     if not hasattr(leaf, "astype") or leaf.dtype == dtype or str(leaf.dtype) not in CASTABLE:
         return leaf
     return leaf.astype(dtype)

@@ -115,8 +115,8 @@ class Policy:
         """
         if compute is None and accum is None:
             raise ValueError(f"rule '{pattern}' sets nothing; give compute= or accum=.")
-        if not pattern or any(char in pattern for char in ";, "):
-            raise ValueError(f"rule pattern '{pattern}' must be non-empty, without spaces, commas and semicolons.")
+        if not pattern or any(char in pattern for char in ";,= "):
+            raise ValueError(f"rule pattern '{pattern}' must be non-empty, without spaces and any of , ; =")
         rule = Rule(pattern, *(None if spec is None else formats.format(spec) for spec in (compute, accum)))
         return dataclasses.replace(self, rules=(*self.rules, rule))
 

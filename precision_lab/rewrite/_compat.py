@@ -108,6 +108,47 @@ def bind(eqn: Equation, operands: Sequence[Any]) -> list[Any]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
+def default_precision() -> Any:
+    """Returns the `precision` that a product gets now if its author names none."""
+    [eqn] = jax.make_jaxpr(jax.lax.dot)(*[jax.ShapeDtypeStruct((1, 1), "float32")] * 2).eqns
+    return eqn.params["precision"]
+
+
+def rule_may_hold(eqn: Equation, primitives: frozenset[str]) -> bool:
+    """Returns whether the derivative rule of an equation may contain some of `primitives`.
+
+    A custom_jvp's rule is looked into; a custom_vjp's cannot be before it is differentiated.
+    """
+    if eqn.primitive.name == "custom_vjp_call":
+        return True
+    if eqn.primitive.name != "custom_jvp_call":
+        return False
+    tangents = len(eqn.invars) - eqn.params["num_consts"]
+    return _holds(eqn.params["jvp_jaxpr_fun"].call_wrapped(*[False] * tangents)[0], primitives)
+
+
+def _holds(jaxpr: Jaxpr, primitives: frozenset[str]) -> bool:
+    """Returns whether a jaxpr, or one inside it, has an equation of `primitives`."""
+    for eqn in jaxpr.eqns:
+        inner = [*(part.jaxpr for part in inner_jaxprs(eqn)), *hidden_jaxprs(eqn)]
+        if eqn.primitive.name in primitives or any(_holds(one, primitives) for one in inner):
+            return True
+    return False
+
+
+def residuals(eqn: Equation, forward: Sequence[Any], operands: Sequence[Any]) -> list[Any]:
+    """Returns what the backward rule of a custom_vjp call is given before the cotangents.
+
+    Args:
+      eqn: the call, whose forward rule has been traced.
+      forward: something for each output of the forward rule, residuals first.
+      operands: something for each input of the call.
+    """
+    _, _, forwarded = eqn.params["out_trees"]()
+    outputs = iter(forward)
+    return [next(outputs) if i is None else operands[i] for i in forwarded]
+
+
 class Part(enum.Enum):
     """Which part of a custom derivative a jaxpr is, and so what its inputs are."""
 

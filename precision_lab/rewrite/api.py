@@ -48,13 +48,15 @@ def apply_to_function(fn: Callable, policy: Policy) -> Callable:
     """
 
     @functools.wraps(fn)
-    def wrapped(params: Any, *args: Any, **kwargs: Any) -> Any:
-        return policy.cast_to_output(call(fn, policy, params, *args, **kwargs))
+    def wrapped(params: Any, /, *args: Any, **kwargs: Any) -> Any:
+        return policy.cast_to_output(call(fn, policy, params, args, kwargs))
 
     return wrapped
 
 
-def call(fn: Callable, policy: Policy, params: Any, *args: Any, root: str = "", **kwargs: Any) -> Any:
+def call(
+    fn: Callable, policy: Policy, params: Any, args: Sequence[Any], kwargs: dict[str, Any], *, root: str = ""
+) -> Any:
     """Returns `fn(params, *args, **kwargs)` with its products under `policy`; its outputs keep their dtypes.
 
     Args:
@@ -71,7 +73,7 @@ def call(fn: Callable, policy: Policy, params: Any, *args: Any, root: str = "", 
 
 
 def sites_of_function(
-    fn: Callable, policy: Policy, params: Any, *args: Any, root: str = "", **kwargs: Any
+    fn: Callable, policy: Policy, params: Any, args: Sequence[Any], kwargs: dict[str, Any], *, root: str = ""
 ) -> SiteTable:
     """Returns the sites of `fn(params, *args, **kwargs)` under `policy`; nothing is executed.
 

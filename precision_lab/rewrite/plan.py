@@ -21,6 +21,7 @@ from precision_lab.rewrite import _compat
 from precision_lab.rewrite.sites import Site, SiteTable, clean_scope
 
 PRODUCTS = frozenset(("dot_general", "conv_general_dilated"))
+UNSUPPORTED = frozenset(("ragged_dot_general", "ragged_dot"))
 LAYOUT = frozenset(
     ["reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "slice", "dynamic_slice", "rev", "copy"]
 ) | {"copy_p", "convert_element_type", "sharding_constraint", "optimization_barrier", "reduce_precision"}
@@ -78,18 +79,30 @@ class Planner:
       sites: what was found so far.
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        root: str = "",
-        counts: Mapping[tuple[str, str], int] | None = None,
-        of_tangents: bool = False,
-    ) -> None:
+    def __init__(self, policy: Policy, root: str = "") -> None:
         self.policy = policy
         self.root = root
         self.sites: list[Site] = []
-        self._counts = collections.Counter(counts)
-        self._of_tangents = of_tangents
+        self._counts: collections.Counter[tuple[str, str]] = collections.Counter()
+        # JAX writes its default precision into every product; only what differs from it was the author's choice.
+        self._default_precision = _compat.default_precision()
+        self._call: Sequence[Site] | None = None
+        self._of_tangents = False
+
+    def _again(self, counts: Mapping[tuple[str, str], int], call: Sequence[Site] | None, of_tangents: bool) -> Planner:
+        """Returns a planner for a jaxpr that stands in for one walked before.
+
+        Args:
+          counts: the sites counted before that one.
+          call: for a derivative rule, the sites of the function that it belongs to; None for the function itself.
+          of_tangents: whether operands may be tangents.
+        """
+        planner = Planner(self.policy, self.root)
+        planner._counts = collections.Counter(counts)
+        planner._default_precision = self._default_precision
+        planner._call = self._call if call is None else call
+        planner._of_tangents = self._of_tangents or of_tangents
+        return planner
 
     def table(self) -> SiteTable:
         """Returns the sites found so far."""
@@ -124,6 +137,9 @@ class Planner:
             return self._product(eqn, sources, scope), unknown
         if name in LAYOUT:
             return None, [sources[0], *unknown[1:]]
+        if name in UNSUPPORTED:
+            site = dataclasses.replace(self._site(eqn, sources, scope), reason="no policy reaches this operation yet")
+            self.sites.append(site)
         if name in _compat.ENTERED:
             return self._enter(eqn, sources, scope)
         for hidden in _compat.hidden_jaxprs(eqn):
@@ -133,30 +149,34 @@ class Planner:
     def _enter(self, eqn: Any, sources: Origins, scope: str) -> tuple[Enter | None, Origins]:
         """Plans the jaxprs inside an equation."""
         outputs: Origins = [None] * len(eqn.outvars)
-        counts = dict(self._counts)
+        counts, first = dict(self._counts), len(self.sites)
         plans = []
         for inner in _compat.inner_jaxprs(eqn):
             plan, returned = self.walk(inner.jaxpr, [None if i is None else sources[i] for i in inner.operands], scope)
             plans.append(plan)
             if eqn.primitive.name not in ("scan", "while", "cond"):
                 outputs = returned
-        if all(plan.is_empty for plan in plans):
+        if all(plan.is_empty for plan in plans) and not _compat.rule_may_hold(eqn, PRODUCTS):
             return None, outputs
+        call, kept = self.sites[first:], []
 
         def replan(jaxpr: Any, part: _compat.Part) -> Plan:
-            known = [] if part is _compat.Part.BACKWARD else sources
+            known = _compat.residuals(eqn, kept, sources) if part is _compat.Part.BACKWARD else sources
             origins = [*known, *[None] * len(jaxpr.invars)][: len(jaxpr.invars)]
-            of_tangents = self._of_tangents or part is _compat.Part.TANGENT
-            return Planner(self.policy, self.root, counts, of_tangents).walk(jaxpr, origins, scope)[0]
+            rule_of = None if part is _compat.Part.CALL else call
+            planner = self._again(counts, rule_of, part is _compat.Part.TANGENT)
+            plan, kept[:] = planner.walk(jaxpr, origins, scope)
+            return plan
 
         return Enter(tuple(plans), replan), outputs
 
     def _product(self, eqn: Any, sources: Origins, scope: str) -> Cast | None:
         """Names a product, asks the policy about it and records it as a site."""
         site = self._site(eqn, sources, scope)
-        compute, accum = self.policy.at(site.path, site.name, site.full_name)
-        asked = any(rule.compute and rule.matches(site.path, site.name, site.full_name) for rule in self.policy.rules)
-        reason = _why_not(eqn, compute, asked)
+        names = (site.path, site.name, site.full_name)
+        compute, accum = self.policy.at(*names) if self._call is None else self._formats_in_rule(site)
+        asked = any(rule.compute and rule.matches(*names) for rule in self.policy.rules)
+        reason = _why_not(eqn, compute, asked, self._default_precision)
         if reason:
             self.sites.append(dataclasses.replace(site, reason=reason))
             return None
@@ -164,6 +184,23 @@ class Planner:
         if _already(eqn, compute, accum):
             return None
         return Cast(compute, accum, (bool(sources[0]), bool(sources[1])), self._of_tangents)
+
+    def _formats_in_rule(self, site: Site) -> tuple[Format, Format]:
+        """Returns the formats of a product inside a derivative rule: those of the products that it differentiates.
+
+        Raises:
+          ValueError: these differ, and the product has no parameter that tells to which of them it belongs.
+        """
+        done = [one for one in self._call or () if one.compute is not None]
+        own = [one for one in done if site.has_parameter and one.path == site.path]
+        found = {(one.compute, one.accum) for one in own or done}
+        if len(found) > 1:
+            where = site.path or "this function"
+            raise ValueError(
+                f"rules give products inside one custom derivative at '{where}' different formats, but in its "
+                "derivative rule these products cannot be told apart: give them one format."
+            )
+        return found.pop() if found else self.policy.at(site.path)  # pyright: ignore[reportReturnType]
 
     def _site(self, eqn: Any, sources: Origins, scope: str) -> Site:
         """Builds the site of a product, not yet decided."""
@@ -189,6 +226,11 @@ class Planner:
         unused = [rule for rule in self.policy.rules if not any(rule.matches(*each) for each in names)]
         if unused:
             raise ValueError(_unused_message(unused[0].pattern, len(unused), len(self.policy.rules), self.sites))
+        for rule in self.policy.rules:
+            matched = [site for site, each in zip(self.sites, names, strict=True) if rule.matches(*each)]
+            if all(site.reason for site in matched):
+                why = f"{matched[0].name}: {matched[0].reason}"
+                raise ValueError(f"rule '{rule.pattern}' matches only sites that cannot be cast ({why}).")
 
 
 def _unused_message(pattern: str, unused: int, total: int, sites: Sequence[Site]) -> str:
@@ -201,7 +243,7 @@ def _unused_message(pattern: str, unused: int, total: int, sites: Sequence[Site]
     return f"{unused} of {total} rules matched no site: '{pattern}'. Nearest site: '{near[0]}'."
 
 
-def _why_not(eqn: Any, compute: Format, asked: bool) -> str:
+def _why_not(eqn: Any, compute: Format, asked: bool, default_precision: Any) -> str:
     """Returns why a product is left alone, or an empty string."""
     dtypes = [str(atom.aval.dtype) for atom in eqn.invars[:2]]
     wide = compute.name == "float64"
@@ -211,13 +253,15 @@ def _why_not(eqn: Any, compute: Format, asked: bool) -> str:
         return f"{eqn.outvars[0].aval.dtype} result"
     precision = eqn.params.get("precision")
     explicit = {str(p) for p in (precision if isinstance(precision, tuple) else (precision,))} - {"None", "DEFAULT"}
-    if explicit and not asked:
+    if explicit and not asked and precision != default_precision:
         return f"explicit precision {sorted(explicit)[0]}"
     return ""
 
 
 def _already(eqn: Any, compute: Format, accum: Format) -> bool:
     """Returns whether a product is, as it stands, what the policy asks for."""
+    if compute.name not in ("float32", "float64"):
+        return False  # JAX's own derivative would multiply in mixed types.
     dtypes = {np.dtype(atom.aval.dtype) for atom in eqn.invars[:2]}
     return dtypes == {compute.dtype} and np.dtype(eqn.outvars[0].aval.dtype) == accum.dtype
 
@@ -228,6 +272,8 @@ def _flops(eqn: Any) -> int:
     if eqn.primitive.name == "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]
         return 2 * math.prod(out) * math.prod(lhs[axis] for axis in contracted)
+    if eqn.primitive.name in UNSUPPORTED:
+        return 2 * math.prod(out) * lhs[-1]
     out_features = rhs[eqn.params["dimension_numbers"].rhs_spec[0]]
     return 2 * math.prod(out) * math.prod(rhs) // max(out_features, 1)
 

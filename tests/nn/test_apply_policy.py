@@ -370,6 +370,26 @@ def test_linen_params_are_stored_in_the_policys_dtype_and_other_collections_are_
     assert out.dtype == jnp.float16
 
 
+def test_linen_init_with_output_runs_with_collections_that_change():
+    class Normed(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return linen.BatchNorm(use_running_average=False)(linen.Dense(3)(x))
+
+    x = jnp.arange(8.0).reshape(2, 4)
+    out, variables = apply_policy(Normed(), "float32").init_with_output(jax.random.key(0), x)
+
+    expected, expected_variables = Normed().init_with_output(jax.random.key(0), x)
+    assert_same_bits(out, expected)
+    assert_same_bits(variables["params"], expected_variables["params"])
+
+
+def test_an_abstract_model_gets_abstract_parameters_in_the_policys_dtype():
+    model = apply_policy(nnx.eval_shape(lambda: NnxTransformer(rngs=nnx.Rngs(0))), "bfloat16_pure")
+
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))} == {jnp.dtype("bfloat16")}
+
+
 def test_linen_works_with_train_state_and_init_with_output():
     model = apply_policy(LinenTransformer(), "bfloat16_mixed")
     out, variables = model.init_with_output(jax.random.key(0), TOKENS)

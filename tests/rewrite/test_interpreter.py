@@ -125,7 +125,7 @@ def test_what_a_policy_must_leave_alone_is_bit_identical_and_listed_with_its_rea
     under = apply_to_function(mixed, BFLOAT16)
 
     assert_same_bits(under(params, n, None)[:2], mixed(params, n, None)[:2])
-    table = sites_of_function(mixed, BFLOAT16, params, n, None)
+    table = sites_of_function(mixed, BFLOAT16, params, [n, None], {})
     assert [site.reason for site in table] == ["explicit precision HIGHEST", "int32 operand", ""]
     assert [site.compute.name for site in table if site.compute] == ["bfloat16"]
     assert len(table.untouched) == 2
@@ -154,7 +154,7 @@ def test_products_inside_what_is_not_entered_are_listed():
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        table = sites_of_function(inside, BFLOAT16, *operands())
+        table = sites_of_function(inside, BFLOAT16, operands()[0], operands()[1:], {})
 
     assert [site.reason for site in table] == ["inside shard_map, which policies do not enter"]
 
@@ -171,7 +171,7 @@ def test_rules_act_on_the_sites_they_name_and_no_others():
     under = apply_to_function(mlp, policy)
 
     assert [lhs for lhs, _, _ in products(under, params, jnp.ones((3, 3)))] == ["float16", "bfloat16", "float32"]
-    names = [site.name for site in sites_of_function(mlp, policy, params, jnp.ones((3, 3)))]
+    names = [site.name for site in sites_of_function(mlp, policy, params, [jnp.ones((3, 3))], {})]
     assert names == ["scores:dot_general#0", "up/kernel", "down/kernel"]
 
 
@@ -192,7 +192,7 @@ def test_the_path_of_a_parameter_survives_scans_casts_and_slices():
         x = lax.scan(lambda c, w: (jax.jit(lambda c: c @ w)(c), None), x, params["blocks"])[0]
         return x @ params["table"].astype(jnp.float32).T[:, :5]
 
-    table = sites_of_function(model, BFLOAT16, params, jnp.ones((2, 3)))
+    table = sites_of_function(model, BFLOAT16, params, [jnp.ones((2, 3))], {})
 
     assert [site.path for site in table] == ["blocks", "table"]
     assert all(site.has_parameter for site in table)
@@ -205,21 +205,105 @@ def test_a_parameter_used_twice_is_two_sites_and_rules_can_tell_them_apart():
     assert [lhs for lhs, _, _ in products(under, {"w": jnp.eye(2)}, jnp.eye(2))] == ["bfloat16", "float32"]
 
 
-def test_rules_tell_sites_apart_inside_a_custom_derivative_too():
-    @jax.custom_vjp
-    def two(w, x):
-        return x @ w @ w
+def linear_vjp():
+    """A linear layer with a hand-written backward rule."""
+    linear = jax.custom_vjp(lambda w, x: x @ w)
+    linear.defvjp(lambda w, x: (x @ w, (w, x)), lambda kept, g: (kept[1].T @ g, g @ kept[0].T))
+    return linear
 
-    two.defvjp(lambda w, x: (x @ w @ w, (w, x)), lambda kept, g: (kept[0] * g.sum(), g))
-    policy = BFLOAT16.with_rule("w:dot_general#2", compute="float32")
-    under = apply_to_function(lambda p, x: two(p["w"], x @ p["w"]), policy)
 
-    def forward(p, x):
-        return jax.vjp(under, p, x)[0]
+def test_a_hand_written_backward_rule_follows_the_rules_of_its_layer():
+    linear = linear_vjp()
+    params = {"head": jnp.eye(2), "body": jnp.eye(2)}
 
-    expected = ["bfloat16", "bfloat16", "float32"]
-    assert [lhs for lhs, _, _ in products(under, {"w": jnp.eye(2)}, jnp.eye(2))] == expected
-    assert [lhs for lhs, _, _ in products(forward, {"w": jnp.eye(2)}, jnp.eye(2))] == expected
+    def model(p, x):
+        return jnp.sum(linear(p["head"], linear(p["body"], x)))
+
+    under = apply_to_function(model, Policy().with_rule("head", compute="bfloat16"))
+
+    found = [lhs for lhs, _, _ in products(jax.grad(under), params, jnp.eye(2))]
+    assert sorted(found) == ["bfloat16"] * 3 + ["float32"] * 3
+
+
+def test_parameters_tell_the_products_of_a_backward_rule_apart():
+    two = jax.custom_vjp(lambda a, b, x: x @ a @ b)
+    two.defvjp(
+        lambda a, b, x: (x @ a @ b, (a, b, x)),
+        lambda kept, g: (jnp.zeros_like(kept[0]), jnp.zeros_like(kept[1]), g @ kept[1].T @ kept[0].T),
+    )
+    under = apply_to_function(lambda p, x: two(p["a"], p["b"], x).sum(), BFLOAT16.with_rule("b", compute="float32"))
+    params = {"a": jnp.eye(2), "b": jnp.eye(2)}
+
+    found = [lhs for lhs, _, _ in products(jax.grad(under, argnums=1), params, jnp.eye(2))]
+
+    assert found == ["bfloat16", "float32", "float32", "bfloat16"]
+
+
+def test_products_of_a_derivative_rule_that_cannot_be_told_apart_are_refused():
+    linear = jax.custom_vjp(lambda w, x: x @ w @ w)
+    linear.defvjp(lambda w, x: (x @ w @ w, (w, x)), lambda kept, g: (kept[1].T @ g, g @ kept[0].T))
+    under = apply_to_function(
+        lambda p, x: linear(p["w"], x).sum(), BFLOAT16.with_rule("w:dot_general#1", compute="float32")
+    )
+
+    assert under({"w": jnp.eye(2)}, jnp.eye(2)) == 2.0
+    with pytest.raises(ValueError, match=r"inside one custom derivative at .* different formats"):
+        jax.grad(under)({"w": jnp.eye(2)}, jnp.eye(2))
+
+
+@pytest.mark.parametrize("kind", ["custom_vjp", "custom_jvp"])
+def test_products_in_a_derivative_rule_alone_are_reached(kind):
+    if kind == "custom_vjp":
+        fn = jax.custom_vjp(lambda w, x: w * x)
+        fn.defvjp(lambda w, x: (w * x, (w, x)), lambda kept, g: (kept[1].T @ g, g @ kept[0].T))
+    else:
+        fn = jax.custom_jvp(lambda w, x: w * x)
+        fn.defjvp(lambda primals, tangents: (primals[0] * primals[1], primals[1] @ tangents[0]))
+    under = apply_to_function(lambda w, x: fn(w, x @ w).sum(), BFLOAT16)
+
+    found = products(jax.grad(under), *operands())
+
+    assert len(found) >= 2
+    assert set(found) == {LOW}
+
+
+def test_products_that_are_written_in_the_compute_dtype_get_their_derivative_in_it_too():
+    def written(w, x):
+        low = (v.astype(jnp.bfloat16) for v in (x, w))
+        return jnp.sum(lax.dot_general(*low, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32))
+
+    assert set(products(jax.grad(apply_to_function(written, BFLOAT16)), *operands())) == {LOW}
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "bfloat16", "tensorfloat32"])
+def test_a_default_matmul_precision_is_nobodys_explicit_choice(precision):
+    under = apply_to_function(loss_of("scan"), BFLOAT16)
+
+    with jax.default_matmul_precision(precision):
+        found = products(jax.grad(under), *operands())
+
+    assert set(found) == {LOW}
+
+
+def test_a_rule_that_matches_only_what_cannot_be_cast_is_refused():
+    under = apply_to_function(lambda p, x: x @ p["w"] + (p["n"] @ p["n"]), BFLOAT16.with_rule("n", compute="float16"))
+
+    with pytest.raises(ValueError, match=r"rule 'n' matches only sites that cannot be cast \(n: int32 operand\)"):
+        under({"w": jnp.eye(2), "n": jnp.eye(2, dtype=int)}, jnp.eye(2))
+
+
+def test_products_of_an_operation_without_a_treatment_are_listed():
+    lhs, rhs, sizes = jnp.ones((4, 3)), jnp.ones((2, 3, 5)), jnp.asarray([1, 3])
+
+    table = sites_of_function(lambda p, x, n: lax.ragged_dot(x, p, n), BFLOAT16, rhs, [lhs, sizes], {})
+
+    assert [site.reason for site in table] == ["no policy reaches this operation yet"]
+
+
+def test_keyword_arguments_may_have_any_name():
+    under = apply_to_function(lambda p, x, *, root, policy, fn: (x @ p).sum() * root * policy * fn, BFLOAT16)
+
+    assert under(jnp.eye(2), jnp.eye(2), root=2, policy=3, fn=5) == 60.0
 
 
 def test_arguments_and_results_that_are_not_arrays_stay_python_values():
