@@ -16,7 +16,10 @@ Settings = Annotated[
 ]
 Presets = Annotated[list[str] | None, typer.Option("--preset", metavar="NAME", help="Apply a preset of the file.")]
 Smoke = Annotated[bool, typer.Option("--smoke", help="Short for --preset smoke: seconds instead of minutes.")]
-Arms = Annotated[list[str] | None, typer.Option("--arm", metavar="NAME", help="Only this arm; may be repeated.")]
+Arms = Annotated[
+    list[str] | None,
+    typer.Option("--arm", metavar="NAME", help="Only this arm; may be repeated, which keeps the baseline as well."),
+]
 Seed = Annotated[list[int] | None, typer.Option("--seed", metavar="N", help="Use this seed; may be repeated.")]
 Seeds = Annotated[str, typer.Option("--seeds", metavar="LIST", help="Use these seeds: 0,1,2 or 0..4.")]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of all results.")]
@@ -178,6 +181,8 @@ def parse_seeds(text: str) -> list[int]:
         first, dots, last = part.partition("..")
         if not first.isdecimal() or (dots and not last.isdecimal()):
             raise ValueError(f"--seeds {text}: expected numbers such as 0,1,2 or a range such as 0..4, got {part!r}.")
+        if dots and int(last) < int(first):
+            raise ValueError(f"--seeds {text}: the range {part!r} runs backwards; write {last}..{first}.")
         found += range(int(first), int(last) + 1) if dots else [int(first)]
     if text and not found:
         raise ValueError(f"--seeds {text}: no seed in it; expected 0,1,2 or a range such as 0..4.")

@@ -54,10 +54,11 @@ def loss_scaling(
 ) -> optax.GradientTransformationExtraArgs:
     """Returns `inner`, fed with unscaled float32 gradients, and skipped where one of them is not finite.
 
-    A skipped step returns updates that are exactly zero and leaves the state of `inner` as it was, bit for bit.
-    Leaves that are not floating (integers, float0, keys) are returned as they came, are hidden from `inner`, and do
-    not count in the check; float64 and complex gradients keep their dtype. Updates are float32 for narrower
-    gradients, so that `optax.apply_updates` adds them in float32. The state keeps its dtypes whatever `inner` does.
+    A skipped step returns updates of -0.0, which change no bit of a parameter, and leaves the state of `inner` as it
+    was, bit for bit. Leaves that are not floating (integers, float0, keys) are returned as they came, are hidden from
+    `inner`, and do not count in the check; float64 and complex gradients keep their dtype. Updates are float32 for
+    narrower gradients, so that `optax.apply_updates` adds them in float32. The state keeps its dtypes whatever `inner`
+    does.
 
     Args:
       inner: optax transformation (or `optax.MultiSteps`). It must not stand inside another one, see
@@ -98,7 +99,8 @@ def loss_scaling(
         hidden_params = None if params is None else hide_untrainable(params)
         steps, inner_state = inner.update(grads, state.inner, params=hidden_params, **extra_args)
         if may_skip:
-            steps = jax.tree.map(lambda u: jnp.where(finite, u, jnp.zeros_like(u)), steps)
+            # The sum with -0.0 keeps every parameter, -0.0 too, which +0.0 would turn into +0.0.
+            steps = jax.tree.map(lambda u: jnp.where(finite, u, -jnp.zeros_like(u)), steps)
             inner_state = select(finite, inner_state, state.inner)
         else:
             inner_state = keep_dtypes(inner_state, state.inner)

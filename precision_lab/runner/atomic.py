@@ -6,6 +6,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
+TEMPORARY = ".*.tmp"
+"""Names of what a kill in the middle of a write leaves behind."""
+
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a file by `text`, through a temporary file in the same folder.

@@ -1,8 +1,9 @@
 """Claims: what a paper says, as data that a run can be held against, and the verdict on each.
 
 Every comparison is paired: the arms of one seed share initialisation and batch order, so `d = a - b` is formed seed by
-seed. A missing arm, a crash, a divergence or a value that is not finite makes a claim inconclusive, never a pass;
-only `close` and `equal` are refuted where one of the two arms diverged and the other did not.
+seed; of arms that differ in model or data this is not true, and the verdict says so. A missing arm, a crash, a
+divergence or a value that is not finite makes a claim inconclusive, never a pass; only `close` and `equal` are refuted
+where one of the two arms diverged and the other did not.
 
     {kind: gt, a: x, b: y, metric: eval/loss, margin: 0.03}       mean of d > margin, and d > 0 on every seed
     {kind: close, a: x, b: y, metric: eval/loss, margin: 0.06}    |mean of d| <= margin
@@ -70,6 +71,8 @@ class _Claim(BaseModel):
 
     divergence_refutes: ClassVar[bool] = False
     """Whether the claim is wrong, and not undecided, where one of its arms diverged and another did not."""
+    pairs: ClassVar[bool] = False
+    """Whether the claim compares its arms seed by seed."""
 
     def names(self) -> list[tuple[str, str]]:
         """Returns the arms the claim speaks of, each with the key that names it."""
@@ -125,6 +128,7 @@ class _Claim(BaseModel):
 class _Pair(_Claim):
     """A claim about two arms."""
 
+    pairs = True
     a: str
     b: str
 
@@ -171,8 +175,9 @@ class Close(_Pair):
 
     def _decide(self, numbers: dict[str, list[float]]) -> tuple[bool, str, dict[str, list[float]]]:
         d, shown = self._differences(numbers)
-        mean = _mean(d)
-        return abs(mean) <= self.margin, f"difference {mean:+.4g} on average, allowed {self.margin:g}", shown
+        mean, largest = _mean(d), max(abs(one) for one in d)
+        because = f"difference {mean:+.4g} on average, allowed {self.margin:g}, largest {largest:.4g}"
+        return abs(mean) <= self.margin, because, shown
 
 
 class Equal(_Pair):

@@ -186,6 +186,8 @@ class ExperimentConfig(BaseModel):
     def select(self, *, arms: Sequence[str] = (), seeds: Sequence[int] = ()) -> "ExperimentConfig":
         """Returns the experiment with some of its arms, or with other seeds; claims about other arms go.
 
+        The baseline stays with several arms, which are compared with it; a single arm stands alone.
+
         Raises:
           ValueError: an arm that is not there.
         """
@@ -193,6 +195,7 @@ class ExperimentConfig(BaseModel):
             if arm not in self.arms:
                 raise LocatedError(f"no arm {arm!r} in {self.name}{suggestion(arm, self.arms, what='arms')}")
         data = self.to_dict()
+        arms = sorted({*arms, self.baseline_arm} if len(set(arms)) > 1 else set(arms))
         if arms:
             data["arms"] = {name: change for name, change in self.arms.items() if name in arms}
             kept = [claim for claim in self.claims if all(arm in arms for _, arm in claim.names())]

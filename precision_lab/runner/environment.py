@@ -8,11 +8,14 @@ import hashlib
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from precision_lab.training.config import RunConfig
 
 _PACKAGES = ("precision-lab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml_dtypes", "numpy")
 _JAX_OPTIONS = {
@@ -81,6 +84,26 @@ def code_state() -> dict[str, Any]:
     changes = _git(package, "diff", "HEAD", "--", ".")
     digest = hashlib.sha256(changes.encode()).hexdigest()[:12] if changes else None
     return {"commit": commit.strip() if commit else None, "uncommitted": digest}
+
+
+def registered_code(config: RunConfig) -> dict[str, str]:
+    """Returns, by module, a hash of the source that registered a run's model or data, if it is not the package's."""
+    from precision_lab.data import DATASETS
+    from precision_lab.models import MODELS
+
+    parts: list[tuple[Any, Any]] = [(MODELS, config.model), (DATASETS, config.data)]
+    names = [getattr(one, "__module__", "") for registry, part in parts for one in (type(part), registry.builder(part))]
+    files = {name: getattr(sys.modules.get(name), "__file__", None) for name in names if not _ours(name)}
+    return {
+        f"source of {name}": hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
+        for name, file in files.items()
+        if file and Path(file).is_file()
+    }
+
+
+def _ours(module: str) -> bool:
+    """Returns whether a module belongs to the package, whose own state is in `code_state`."""
+    return module.partition(".")[0] == __name__.partition(".")[0]
 
 
 def _git(folder: Path, *words: str) -> str | None:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from precision_lab.runner.atomic import write_text
 from precision_lab.runner.config import ExperimentConfig
-from precision_lab.runner.environment import differences, fingerprint
+from precision_lab.runner.environment import differences, fingerprint, registered_code
 from precision_lab.runner.identity import run_id
 from precision_lab.runner.loading import Source, load
 from precision_lab.runner.results import Results, read
@@ -126,11 +126,17 @@ def _reused(planned: Sequence[Planned], pending: Sequence[Planned], env: Mapping
     finished = [one for one in planned if one not in pending]
     if finished:
         yield f"{len(finished)} of {len(planned)} runs are finished already and are reused."
-    changed = [(one, differences(one.run.env(), env)) for one in planned if one.run.env()]
-    changed = [(one, words) for one, words in changed if words]
+    changed = [words for one in planned if (words := _changed(one, env))]
     if changed:
-        words = "; ".join(dict.fromkeys(word for _, words in changed for word in words))
+        words = "; ".join(dict.fromkeys(word for words in changed for word in words))
         yield f"warning: {len(changed)} runs come from another environment ({words}); --out NEW runs them afresh."
+
+
+def _changed(one: Planned, env: Mapping[str, Any]) -> list[str]:
+    """Returns what differs between the environments of a run's attempts and this one, in words."""
+    stored = one.run.envs()
+    current = {**env, **registered_code(one.config)} if stored else {}
+    return [word for earlier in stored for word in differences(earlier, current)]
 
 
 def _save_experiment(experiment: ExperimentConfig, out: Path) -> None:
@@ -179,7 +185,7 @@ def execute_trial(
         state = run.status()["state"]
         if state in FINISHED:  # Another process was faster.
             return state
-        attempt = run.start(env)
+        attempt = run.start({**env, **registered_code(config)})
         progress.start_run(label, config.train.steps)
         state = "interrupted"
         try:

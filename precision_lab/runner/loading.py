@@ -34,7 +34,7 @@ def load(
         the same keys, or an experiment.
       presets: names from the file's `presets`, merged over it in this order.
       settings: `key=value` texts as after `--set`, or a mapping from dotted key to value; merged last.
-      arms: keep only these.
+      arms: keep only these, and with several of them the baseline.
       seeds: use these instead of the file's.
       imports: modules to import first, which register models or data of the user's own.
 

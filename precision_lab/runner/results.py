@@ -5,17 +5,18 @@ Everything is read from the run directories; an experiment that has run only in 
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from precision_lab.runner.claims import Diverged, Verdict
+from precision_lab.runner.claims import Claim, Diverged, Verdict
 from precision_lab.runner.config import ExperimentConfig
-from precision_lab.runner.identity import run_id
+from precision_lab.runner.identity import run_id, semantic
 from precision_lab.runner.metrics import Series, encode_number
 from precision_lab.runner.rundir import RunDir, run_dir
 from precision_lab.runner.stats import Mean, mean_interval
+from precision_lab.runner.summary import flat
 from precision_lab.training.config import RunConfig
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Trial:
       state: `done`, `diverged`, `failed`, `interrupted`, `stopped` (its process is gone), `running` or `queued`.
       step: the last step reached.
       error: for a failed run, the last line of its traceback.
+      envs: the different environments of its attempts, that of the last one last.
       series: every logged metric by its name, `split/metric`.
     """
 
@@ -44,7 +46,7 @@ class Trial:
     step: int
     attempt: int
     error: str
-    env: dict[str, Any] = field(repr=False)
+    envs: list[dict[str, Any]] = field(repr=False)
     series: dict[str, Series] = field(repr=False)
     duration_s: float | None = None
 
@@ -122,11 +124,23 @@ class Results:
     @cached_property
     def verdicts(self) -> list[Verdict]:
         """The verdict on each claim, in the order of the configuration."""
+        return [self._verdict(claim) for claim in self.experiment.claims]
+
+    def _verdict(self, claim: Claim) -> Verdict:
+        """Returns the verdict on one claim; says so if its arms share no initialisation or no batches."""
         seeds = self.experiment.seeds
-        return [
-            claim.judge(lambda arm, seed, metric, how: self.trial(arm, seed).value(metric, how), seeds)
-            for claim in self.experiment.claims
-        ]
+        verdict = claim.judge(lambda arm, seed, metric, how: self.trial(arm, seed).value(metric, how), seeds)
+        differing = self._unpaired([arm for _, arm in claim.names()]) if claim.pairs and verdict.numbers else []
+        if not differing:
+            return verdict
+        words = f"not paired: {', '.join(differing)} {'differs' if len(differing) == 1 else 'differ'}"
+        return replace(verdict, because=f"{verdict.because}; {words}")
+
+    def _unpaired(self, arms: Sequence[str]) -> list[str]:
+        """Returns the dotted keys of model and data in which arms differ."""
+        runs = [next(iter(self.experiment.runs[arm].values())) for arm in arms]
+        parts = [flat(semantic({"model": run.model, "data": run.data})) for run in runs]
+        return sorted(key for key in set().union(*parts) if any(part.get(key) != parts[0].get(key) for part in parts))
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -264,6 +278,6 @@ def _read_trial(arm: str, seed: int, config: RunConfig, run: RunDir) -> Trial:
     step = summary.get("step") or max((one.steps[-1] for one in series.values()), default=0)
     return Trial(
         arm=arm, seed=seed, config=config, run_id=run_id(config), path=run.path, state=status["state"], step=step,
-        attempt=status.get("attempt", 0), error=status.get("error") or "", env=run.env(), series=series,
+        attempt=status.get("attempt", 0), error=status.get("error") or "", envs=run.envs(), series=series,
         duration_s=summary.get("duration_s"),
     )  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from precision_lab.runner.atomic import read_json, write_json, write_text
+from precision_lab.runner.atomic import TEMPORARY, read_json, write_json, write_text
 from precision_lab.runner.identity import plain, run_id
 from precision_lab.runner.metrics import JsonlSink, Series, decode_number, encode_number, read_rows, series
 from precision_lab.runner.resolve import validate_run
@@ -72,9 +72,16 @@ class RunDir:
         return status
 
     def env(self) -> dict[str, Any]:
-        """Returns the fingerprint of the machine that made the run, empty before the first attempt."""
+        """Returns the fingerprint of the machine that made the last attempt, empty before the first."""
+        return (self.envs() or [{}])[-1]
+
+    def envs(self) -> list[dict[str, Any]]:
+        """Returns the different fingerprints of all attempts, that of the last one last."""
         path = self.path / "env.json"
-        return read_json(path) if path.exists() else {}
+        if not path.exists():
+            return []
+        latest = read_json(path)
+        return [*latest.pop("earlier", []), latest]
 
     def summary(self) -> dict[str, Any]:
         """Returns `summary.json`, empty for an unfinished run."""
@@ -114,8 +121,8 @@ class RunDir:
         if not self.path.exists():
             return
         if not self.exists():
-            # The lock may be all that an earlier process had time to make.
-            if {item.name for item in self.path.iterdir()} - {"lock"}:
+            # The lock, and a part of the configuration, may be all that an earlier process had time to write.
+            if any(item.name != "lock" and not item.match(TEMPORARY) for item in self.path.iterdir()):
                 raise ValueError(f"{self.path} is not a run directory, and not empty. Choose another --out.")
             return
         found = run_id(self.config())
@@ -141,6 +148,7 @@ class RunDir:
         except Timeout:
             raise BusyError(self.id) from None
         try:
+            self.refuse_other(config)  # Whoever held the lock until now may have written.
             if not self.exists():
                 write_text(self.path / "config.yaml", config_text(config))
             yield
@@ -150,7 +158,8 @@ class RunDir:
     def start(self, env: Mapping[str, Any]) -> int:
         """Notes that an attempt begins, and returns its number, from 1."""
         attempt = int(self.status().get("attempt", 0)) + 1
-        write_json(self.path / "env.json", dict(env))
+        earlier = [one for one in self.envs() if one != dict(env)]
+        write_json(self.path / "env.json", {**env, **({"earlier": earlier} if earlier else {})})
         self._write_status(state="running", attempt=attempt, pid=os.getpid(), host=socket.gethostname(), error=None)
         return attempt
 

@@ -88,10 +88,10 @@ def _within(key: str, changed: set[str]) -> bool:
 
 
 def environments(results: "Results") -> dict[str, list[str]]:
-    """Returns the fingerprint of the runs: by key every value that occurs, one where the runs agree."""
+    """Returns the fingerprint of all attempts: by key every value that occurs, one where they agree."""
     found: dict[str, list[str]] = {}
     for one in results.trials:
-        for key, value in one.env.items():
+        for key, value in (item for env in one.envs for item in env.items()):
             text = "" if value is None else str(value)
             if text not in found.setdefault(key, []):
                 found[key].append(text)

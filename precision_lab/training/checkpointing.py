@@ -1,7 +1,7 @@
 """Checkpoints through Orbax, and all use of Orbax.
 
-A checkpoint is the train state and a small record (the config, the last metrics), committed together by one rename:
-a save that was interrupted is never seen again. The two latest are kept.
+A checkpoint is the train state and a small record (the config, the last metrics, the first bad step if it was noticed),
+committed together by one rename: a save that was interrupted is never seen again. The two latest are kept.
 """
 
 import logging
@@ -12,18 +12,27 @@ from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
+from pydantic import BaseModel
 
 from precision_lab.training.config import RunConfig
-from precision_lab.training.state import TrainState
+from precision_lab.training.state import NEVER, TrainState
 
 _KEPT = 2
 
 
 class Restored(NamedTuple):
-    """What was saved: the state, and the latest value of each metric at that time."""
+    """What was saved: the state, and what the loop knew at that time.
+
+    Attributes:
+      state: the train state.
+      metrics: the latest value of each metric.
+      bad_step: the first step with a non-finite loss as far as the loop had noticed, `NEVER` if it had not. The state
+        may know of an earlier one.
+    """
 
     state: TrainState
     metrics: dict[str, float]
+    bad_step: int
 
 
 class Checkpoints:
@@ -32,7 +41,7 @@ class Checkpoints:
     def __init__(self, folder: Path | None, config: RunConfig) -> None:
         """Names the folder; entering the context opens it, and creates it if need be."""
         self._folder = None if folder is None else Path(folder).absolute()
-        self._config = config.model_dump(mode="json")
+        self._config = config.model_dump(mode="json", exclude=_not_semantic(config))
         self._manager: ocp.CheckpointManager | None = None
         self._open = ExitStack()
 
@@ -64,13 +73,15 @@ class Checkpoints:
         self._require_same_config(record["config"])
         placed = ocp.args.StandardRestore(_on_one_device(shapes))
         state = self._manager.restore(step, args=ocp.args.Composite(state=placed))["state"]
-        return Restored(state, {name: float(value) for name, value in record["metrics"].items()})
+        metrics = {name: float(value) for name, value in record["metrics"].items()}
+        return Restored(state, metrics, int(record["bad_step"]))
 
-    def save(self, step: int, state: TrainState, metrics: Mapping[str, float]) -> None:
+    def save(self, step: int, state: TrainState, metrics: Mapping[str, float], bad_step: int = NEVER) -> None:
         """Saves, and returns when the checkpoint is committed; does nothing if there is one of this step."""
         if self._manager is None or self._manager.latest_step() == step:
             return
-        record = {"config": self._config, "metrics": {name: repr(value) for name, value in metrics.items()}}
+        known = {"metrics": {name: repr(value) for name, value in metrics.items()}, "bad_step": bad_step}
+        record = {"config": self._config, **known}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
         self._manager.save(step, args=args, force=True)
 
@@ -84,6 +95,18 @@ class Checkpoints:
                 f"the checkpoints in '{self._folder}' belong to a run with another config: "
                 f"{', '.join(differing)} differ. Use another folder, or remove it to start afresh."
             )
+
+
+def _not_semantic(config: BaseModel) -> dict[str, Any]:
+    """Returns, nested as in `config`, the fields marked `{"semantic": False}`: they may differ from call to call."""
+    found: dict[str, Any] = {}
+    for name, field in type(config).model_fields.items():
+        value, marks = getattr(config, name), field.json_schema_extra
+        if isinstance(marks, dict) and not marks.get("semantic", True):
+            found[name] = True
+        elif isinstance(value, BaseModel) and (inner := _not_semantic(value)):
+            found[name] = inner
+    return found
 
 
 def _normal(value: Any) -> Any:

@@ -10,7 +10,8 @@
         "train": {"steps": 500},
     })
 
-Two configs that are equal train to the same numbers; how a run is watched or stored is not part of it.
+Two configs that are equal train to the same numbers. What changes no number and no row, such as how often to save, is
+marked `{"semantic": False}`: runs that differ in nothing else are the same run.
 """
 
 from typing import Annotated, Any, Literal
@@ -178,10 +179,11 @@ class TrainConfig(FrozenConfig):
       steps: number of optimizer updates, skipped ones included.
       eval_every: steps between evaluations; None evaluates before the first step and after the last only.
       log_every: steps between rows of training metrics.
-      checkpoint_every: steps between checkpoints; None saves at the end only.
+      checkpoint_every: steps between checkpoints; None saves at the end only. No part of a run's identity.
       eval_examples: how many examples of each split an evaluation uses, the first ones; None uses all.
       loss_shift: k multiplies the loss by 2**-k and the learning rate by 2**k. In float32 nothing changes, bit for
-        bit; in a narrow format the gradients move k binades towards underflow.
+        bit; in a narrow format the gradients move k binades towards underflow. At most 32 either way: gradients
+        below 2**(k - 126) become subnormal in float32 itself, where they lose digits or are flushed to zero.
       on_nonfinite: "stop" ends the run as diverged once a step with a non-finite loss was applied; "continue"
         records it and goes on.
     """
@@ -189,9 +191,9 @@ class TrainConfig(FrozenConfig):
     steps: PositiveInt
     eval_every: PositiveInt | None = None
     log_every: PositiveInt = 50
-    checkpoint_every: PositiveInt | None = None
+    checkpoint_every: Annotated[PositiveInt | None, Field(json_schema_extra={"semantic": False})] = None
     eval_examples: PositiveInt | None = 10_000
-    loss_shift: Annotated[Int, Field(ge=-64, le=64)] = 0
+    loss_shift: Annotated[Int, Field(ge=-32, le=32)] = 0
     on_nonfinite: Literal["stop", "continue"] = "stop"
 
 

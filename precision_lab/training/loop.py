@@ -94,8 +94,8 @@ def train(
     batches = data.batches(dataset, config.data, config.seed)
     with Checkpoints(checkpoint_dir, config) as checkpoints:
         restored = checkpoints.restore(program.state_shapes)
-        state, metrics = restored or (program.init(config.seed, hyper(config)), {})
-        run = _Run(config, program, dataset, sink, checkpoints, metrics)
+        state, metrics, bad_step = restored or (program.init(config.seed, hyper(config)), {}, NEVER)
+        run = _Run(config, program, dataset, sink, checkpoints, metrics, bad_step)
         return run.go(state, batches, on_step or (lambda step, loss: None), fresh=restored is None)
 
 
@@ -110,6 +110,7 @@ class _Run:
         sink: MetricSink,
         checkpoints: Checkpoints,
         metrics: dict[str, float],
+        bad_step: int,
     ) -> None:
         self._config = config
         self._program = program
@@ -117,53 +118,54 @@ class _Run:
         self._sink = sink
         self._checkpoints = checkpoints
         self._metrics = dict(metrics)
+        # As the last row of training metrics said, not as the state knows: whether to stop is asked of this one, so
+        # a run that goes on from a checkpoint must not know of a bad step any earlier than one that never stopped.
+        self._bad_step = bad_step
 
     def go(self, state: TrainState, batches: Any, on_step: Callable[[int, float], None], *, fresh: bool) -> RunResult:
         """Returns the result after training `state` to the end."""
         start, steps = int(state.step), self._config.train.steps
-        bad_step = int(state.first_nonfinite)
         self._sink.restart(-1 if fresh else start)
         if fresh:
             self._evaluate(0, state)
         numbers = hyper(self._config)
         done = start
-        while done < steps and not self._stops(bad_step):
+        while done < steps and not self._stops():
             state, measured = self._program.step(state, batches[done], numbers)
             done += 1
             if self._due(done, self._config.train.log_every):
-                bad_step = self._log(done, measured)
-            last = done == steps or self._stops(bad_step)
+                self._log(done, measured)
+            last = done == steps or self._stops()
             if last or self._due(done, self._config.train.eval_every):
                 self._evaluate(done, state)
-                last = last or self._stops(bad_step)
+                last = last or self._stops()
             if last or self._due(done, self._config.train.checkpoint_every):
-                self._checkpoints.save(done, state, self._metrics)
+                self._checkpoints.save(done, state, self._metrics, self._bad_step)
             on_step(done, self._metrics.get("train/loss", math.nan))
-        return self._result(done, bad_step)
+        return self._result(done)
 
     def _due(self, done: int, every: int | None) -> bool:
         """Returns whether something that happens every so many steps, and after the last, happens now."""
         return done == self._config.train.steps or (every is not None and done % every == 0)
 
-    def _stops(self, bad_step: int) -> bool:
+    def _stops(self) -> bool:
         """Returns whether the run has diverged and is to stop for it."""
         if self._config.train.on_nonfinite == "continue":
             return False
         evaluated = (self._metrics.get(f"{split}/loss", 0.0) for split in ("eval", "eval_train"))
-        return bad_step != NEVER or not all(map(math.isfinite, evaluated))
+        return self._bad_step != NEVER or not all(map(math.isfinite, evaluated))
 
-    def _result(self, done: int, bad_step: int) -> RunResult:
+    def _result(self, done: int) -> RunResult:
         """Returns how the run ended after `done` steps."""
-        if self._stops(bad_step):
-            return RunResult("diverged", done if bad_step == NEVER else bad_step, dict(self._metrics))
+        if self._stops():
+            return RunResult("diverged", done if self._bad_step == NEVER else self._bad_step, dict(self._metrics))
         return RunResult("done", done, dict(self._metrics))
 
-    def _log(self, done: int, measured: Mapping[str, jax.Array]) -> int:
-        """Writes a row of training metrics; returns the number of the first bad step so far."""
+    def _log(self, done: int, measured: Mapping[str, jax.Array]) -> None:
+        """Writes a row of training metrics, and notices the first bad step so far."""
         values = {name: value.item() for name, value in jax.device_get(dict(measured)).items()}
-        bad_step = values.pop("first_nonfinite")
+        self._bad_step = values.pop("first_nonfinite")
         self._write(done, "train", values)
-        return bad_step
 
     def _evaluate(self, done: int, state: TrainState) -> None:
         """Writes a row for the held-out split and one for the training split."""

@@ -170,7 +170,7 @@ def _metrics(
     loss_scale = current_loss_scale(before.opt_state)
     return {
         "loss": loss,
-        "grad_norm": _norm(grads) / loss_scale / numbers.loss_factor,
+        "grad_norm": _norm(grads, loss_scale, numbers.loss_factor),
         "zero_grad_fraction": _share(jax.tree.map(lambda g: g == 0, grads)),
         "unchanged_fraction": _share(jax.tree.map(_same_bits, after.params, before.params)),
         "loss_scale": loss_scale,
@@ -205,9 +205,13 @@ def _first_nonfinite(state: TrainState, bad: jax.Array) -> jax.Array:
     return jnp.where(bad & (state.first_nonfinite == NEVER), state.step + 1, state.first_nonfinite)
 
 
-def _norm(tree: Any) -> jax.Array:
-    """Returns the global norm in float32; finite for every finite float16 tree."""
-    return optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))
+def _norm(tree: Any, loss_scale: jax.Array, loss_factor: jax.Array) -> jax.Array:
+    """Returns the global norm, in float32, of gradients without the factors on the loss.
+
+    The factors go first, one after the other: squares of scaled gradients, and the product of the factors, may be too
+    small or too large for float32.
+    """
+    return optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32) / loss_scale / loss_factor, tree))
 
 
 def _share(flags: Any) -> jax.Array:

@@ -133,7 +133,7 @@ def test_overflow_skips_the_step_and_leaves_the_inner_state_alone():
 
     updates, after = jax.jit(tx.update)({"w": jnp.array([1.0, jnp.inf, jnp.nan])}, before, params)
 
-    assert_same_bits(updates, {"w": np.zeros(3, np.float32)})
+    assert_same_bits(updates, {"w": -np.zeros(3, np.float32)})
     assert_same_bits(after.inner, before.inner)
     assert int(optax.tree_utils.tree_get(after, "count")) == 1
     assert float(after.loss_scale) == 16384.0
@@ -436,3 +436,18 @@ def test_devices_skip_together_where_they_share_parameters():
         "[-1.0, -1.0, 0.0, -1.0] [4.0, 4.0, 2.0, 4.0]",
         "[0.0, 0.0, 0.0, 0.0] 2.0",
     ], done.stderr
+
+
+@pytest.mark.parametrize("jit", [True, False])
+def test_a_skipped_step_keeps_the_sign_of_a_zero_parameter(jit):
+    params = {"w": jnp.asarray([-0.0, 0.0, 1.0, -1.0])}
+    tx = loss_scaling(optax.adam(1.0), DynamicLossScale())
+
+    def step(grads, state, params):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), updates
+
+    after, updates = (jax.jit(step) if jit else step)({"w": jnp.full(4, BAD)}, tx.init(params), params)
+
+    assert_same_bits(after, params)
+    assert (np.asarray(updates["w"]) == 0).all()

@@ -127,3 +127,9 @@ def test_an_arm_that_diverged_is_not_close_to_one_that_did_not(claim, diverged):
 @pytest.mark.parametrize("other", [Diverged("diverged at step 9"), "failed: KeyError"])
 def test_where_no_arm_ended_with_a_number_closeness_is_undecided(other):
     assert judge(CLOSE, {"x": [Diverged("diverged at step 7")], "y": [other]}, seeds=[0]).verdict == "inconclusive"
+
+
+def test_closeness_on_average_shows_the_largest_difference():
+    because = judge(CLOSE, {"x": [5.0, 5.0, 20.0], "y": Y}).because
+
+    assert because == "difference +0 on average, allowed 0.5, largest 5"

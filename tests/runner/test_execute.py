@@ -7,6 +7,7 @@ import pytest
 
 from precision_lab import runner
 from precision_lab.runner import execute
+from precision_lab.runner.summary import environments
 from precision_lab.runner.yaml12 import dump
 from tests.runner.fakes import EXPERIMENT, SilentProgress, loss_at
 
@@ -229,6 +230,19 @@ def test_results_of_another_environment_are_reused_with_a_warning(training, monk
     assert said[-1] == (
         "warning: 9 runs come from another environment (jax 1.2.3, here 1.2.4); --out NEW runs them afresh."
     )
+
+
+def test_a_run_that_went_on_in_another_environment_shows_both(training, monkeypatch):
+    training.failures = {"float32": RuntimeError("boom")}
+    run()
+    training.failures = {}
+    monkeypatch.setattr(execute, "fingerprint", lambda: {"jax": "1.2.4", "device": "cpu", "commit": None})
+
+    results, _ = run(arms=["float32"])
+    _, said = run(arms=["float32"])
+
+    assert environments(results)["jax"] == ["1.2.3", "1.2.4"]
+    assert said[-1].startswith("warning: 3 runs come from another environment (jax 1.2.3, here 1.2.4);")
 
 
 def test_a_run_held_by_another_process_comes_last_and_is_not_repeated(training, monkeypatch):

@@ -56,6 +56,14 @@ def test_whole_floats_and_both_zeros_are_one_number():
     assert digest(1) != digest(True) != digest("1")
 
 
+def test_how_often_to_save_is_no_part_of_a_run():
+    often, seldom = (
+        RunConfig.model_validate({**RUN, "train": {**RUN["train"], "checkpoint_every": every}}) for every in (1, 5)
+    )
+
+    assert run_id(often) == run_id(seldom) == run_id(RunConfig.model_validate(RUN))
+
+
 def test_infinities_and_nan_have_a_canonical_form():
     texts = {canonical_json(value) for value in (math.inf, -math.inf, math.nan, "inf", "nan")}
 

@@ -220,6 +220,15 @@ def test_selecting_arms_drops_the_claims_about_others(config):
         load(config(), arms=["adm"])
 
 
+def test_several_arms_keep_the_baseline_they_are_compared_with(config):
+    assert list(load(config(), arms=["sgd", "adam"]).arms) == ["float32", "sgd", "adam"]
+    assert load(config(), arms=["sgd", "adam"]).baseline_arm == "float32"
+    assert len(load(config(), arms=["sgd", "adam"]).claims) == 1
+    assert list(load(EXPERIMENT, arms=["bfloat16", "float16"]).arms) == ["float32", "float16", "bfloat16"]
+    assert list(load(config(), arms=["adam", "adam"]).arms) == ["adam"]
+    assert load(config(), arms=["adam"]).baseline_arm == "adam"
+
+
 def test_seeds_and_arms_make_the_folder_and_claims_do_not(config):
     path = config()
 

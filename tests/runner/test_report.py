@@ -280,3 +280,20 @@ def test_a_markdown_file_without_the_marks_is_not_overwritten(results, tmp_path)
         results.report(tmp_path / "README.md")
 
     assert (tmp_path / "README.md").read_text() == "# Mine\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"data": {"batch": 16}}, "; not paired: data.batch differs"),
+        ({"data": {"batch": 16}, "model": {"hidden": [5]}}, "; not paired: data.batch, model.hidden differ"),
+        ({"optim": {"lr": 0.2}}, ""),
+    ],
+)
+def test_a_verdict_on_arms_that_share_no_batches_or_initialisation_says_so(training, change, words):
+    arms = {"float32": {}, "float16": {"policy": "float16_mixed", **change}}
+
+    results = runner.run({**EXPERIMENT, "arms": arms}, say=lambda line: None)
+
+    because = results.verdicts[0].because
+    assert because.partition(" at the least")[2] == words

@@ -6,7 +6,7 @@ import textwrap
 
 import pytest
 
-from precision_lab.runner import load
+from precision_lab.runner import load, rundir
 from precision_lab.runner.atomic import write_text
 from precision_lab.runner.rundir import BusyError, RunDir, all_runs, run_dir
 from tests.runner.fakes import EXPERIMENT
@@ -78,6 +78,42 @@ def test_a_directory_that_was_only_just_made_can_be_used(tmp_path):
 
     with run.claim(CONFIG, wait=False):
         assert run.config() == CONFIG
+
+
+def test_a_directory_whose_maker_was_killed_in_the_first_write_can_be_used(tmp_path):
+    run = run_dir(tmp_path, CONFIG)
+    run.path.mkdir(parents=True)
+    (run.path / "lock").touch()
+    (run.path / ".config.yaml.4711-140.tmp").write_text("model: {ki")
+
+    with run.claim(CONFIG, wait=False):
+        assert run.config() == CONFIG
+
+
+def test_what_was_written_while_waiting_for_the_lock_is_looked_at_again(tmp_path, monkeypatch):
+    run = run_dir(tmp_path, CONFIG)
+
+    class SlowLock(rundir.FileLock):
+        def acquire(self, *args, **kwargs):
+            (run.path / "config.yaml").write_text(rundir.config_text(OTHER))
+            return super().acquire(*args, **kwargs)
+
+    monkeypatch.setattr(rundir, "FileLock", SlowLock)
+    with pytest.raises(ValueError, match="another configuration"), run.claim(CONFIG, wait=True):
+        pytest.fail("was claimed")
+
+    assert not run.is_locked()
+
+
+def test_every_environment_that_attempts_ran_in_is_kept(tmp_path):
+    run = run_dir(tmp_path, CONFIG)
+
+    with run.claim(CONFIG, wait=False):
+        for jax in ("1", "2", "2", "3", "1"):
+            run.start({"jax": jax})
+
+    assert run.envs() == [{"jax": "2"}, {"jax": "3"}, {"jax": "1"}]
+    assert run.env() == {"jax": "1"}
 
 
 def test_the_state_follows_the_run(tmp_path):

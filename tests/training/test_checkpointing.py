@@ -89,3 +89,11 @@ def test_saving_logs_nothing(tmp_path, caplog):
         run(folder=tmp_path)
 
     assert [record for record in caplog.records if record.levelno >= logging.INFO and record.name == "absl"] == []
+
+
+def test_how_often_to_save_may_change_between_two_calls(tmp_path):
+    result, _ = run(folder=tmp_path, train={"checkpoint_every": 7})
+
+    again, _ = run(folder=tmp_path, train={"checkpoint_every": 5})
+
+    assert again == result

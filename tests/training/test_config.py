@@ -72,6 +72,13 @@ def test_a_loss_shift_is_refused_where_it_would_change_a_float32_run(optim, what
     assert what in message
 
 
+@pytest.mark.parametrize("shift", [-33, 33])
+def test_a_loss_shift_towards_subnormal_gradients_is_refused(shift):
+    [(loc, _)] = errors(train={"steps": 5, "loss_shift": shift})
+
+    assert loc == ("train", "loss_shift")
+
+
 def test_a_policy_is_kept_in_canonical_form():
     spellings = ["p=f16,c=f16,o=f32", HALF, "output=float32, compute=half, params=float16"]
 

@@ -226,3 +226,34 @@ def test_a_transformer_learns_data_of_ones_own(counting_text):
 
     assert sink.of("eval")[0]["loss"] == pytest.approx(np.log(11), rel=0.05)
     assert result.metrics["eval/accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("stop", [8, 9, 16, 17])
+def test_a_diverging_run_that_was_interrupted_stops_where_one_that_was_not_does(tmp_path, stop):
+    """The loss is not finite from the third step on, but only the row of step 20 tells."""
+    changes = {
+        "optim": {"kind": "sgd", "lr": 1e30},
+        "train": {"steps": 60, "log_every": 20, "eval_every": None, "checkpoint_every": 8},
+    }
+    whole, whole_sink = run(**changes)
+    sink = MemorySink()
+    with pytest.raises(StoppedError):
+        run(folder=tmp_path, sink=sink, on_step=stop_at(stop), **changes)
+
+    result, _ = run(folder=tmp_path, sink=sink, **changes)
+    again, _ = run(folder=tmp_path, sink=sink, **changes)
+
+    assert whole.status == "diverged"
+    assert whole.step < 8
+    assert repr(result) == repr(again) == repr(whole)
+    assert list(map(str, sink.rows)) == list(map(str, whole_sink.rows))
+
+
+def test_a_run_stopped_by_an_evaluation_says_the_same_again(tmp_path):
+    changes = {"optim": {"kind": "sgd", "lr": 1e30}, "train": {"steps": 50, "log_every": 50, "eval_every": 5}}
+    result, sink = run(folder=tmp_path, **changes)
+
+    again, _ = run(folder=tmp_path, sink=sink, **changes)
+
+    assert (result.status, result.step) == ("diverged", 5)
+    assert repr(again) == repr(result)
