@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterable
@@ -16,11 +17,14 @@ from rich.text import Text
 from precision_lab import formats
 from precision_lab.formats import memory as accounting
 from precision_lab.formats.inspect import Inspection, inspect
+from precision_lab.formats.options import OVERFLOWS, SUBNORMALS
 from precision_lab.formats.pictures import exponent_window, number_line
 from precision_lab.formats.scalar import SPECIALS, Format
 from precision_lab.policy import PRESETS, Policy
 
 _WEIGHT_FORMATS = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int8", "int4")
+# One value has no random bits.
+_ROUNDINGS = [rounding for rounding in formats.ROUNDINGS if rounding != "stochastic"]
 # Formats of at most this many bits are of no use without scales.
 _NEEDS_SCALES_BITS = 8
 
@@ -42,28 +46,36 @@ def formats_command(
     """Show the table of number formats, or all facts about one of them."""
     if name is None:
         rows = [facts(fmt) for fmt in formats.FORMATS.values()]
-        _print(_formats_table(), rows, as_json)
+        composed = [composed_facts(fmt) for fmt in formats.REGISTERED.values()]
+        pages = [_formats_table(), *([_composed_table(composed)] if composed else [])]
+        _print(pages, rows + composed, as_json)
     else:
         fmt = formats.format(name)
-        _print(_facts_page(fmt), facts(fmt), as_json)
+        if isinstance(fmt, Format):
+            _print(_facts_page(fmt), facts(fmt), as_json)
+        else:
+            _print(_composed_page(fmt), composed_facts(fmt), as_json)
 
 
 def bits_command(
     value: Annotated[str, typer.Argument(help="A number: 0.1, 1/3, -3e-5, 0x1.8p-3, inf, nan. Taken exactly.")],
     fmt: Annotated[str, typer.Option("--format", help="The format to store it in.")] = "float32",
-    rounding: Annotated[str, typer.Option(help=f"One of {', '.join(formats.ROUNDINGS)}.")] = "nearest_even",
-    overflow: Annotated[str | None, typer.Option(help="native, saturate, inf or nan.")] = None,
+    rounding: Annotated[str, typer.Option(help=f"One of {', '.join(_ROUNDINGS)}.")] = "nearest_even",
+    overflow: Annotated[str | None, typer.Option(help=f"One of {', '.join(OVERFLOWS)}.")] = None,
+    subnormals: Annotated[str, typer.Option(help=f"One of {', '.join(SUBNORMALS)}.")] = "keep",
     as_json: Json = False,
 ) -> None:
     """Show how a value is stored in a format: fields, exact value, error, neighbours."""
-    found = inspect(value, fmt, rounding=rounding, overflow=overflow)
+    found = inspect(value, fmt, rounding=rounding, overflow=overflow, subnormals=subnormals)
     _print(_bits_page(value, found), inspection_facts(found), as_json)
 
 
 def memory_command(
     params: Annotated[str, typer.Option("--params", "-n", help="Number of parameters: 70e9, 70B, 350M.")],
     fmt: Annotated[list[str] | None, typer.Option("--format", help="Weight formats to list; repeatable.")] = None,
-    group: Annotated[int, typer.Option(help="Weights that share one scale, for formats of at most 8 bits.")] = 32,
+    group: Annotated[
+        int, typer.Option(help="Weights that share one scale, for formats of at most 8 bits without scales.")
+    ] = 32,
     scale_format: Annotated[str, typer.Option(help="Format of the scales.")] = "float32",
     policy: Annotated[
         list[str] | None, typer.Option("--policy", "-p", help="Policies to list for training; repeatable.")
@@ -97,6 +109,7 @@ def facts(fmt: Format) -> dict[str, Any]:
         "mantissa_bits": fmt.mantissa_bits,
         "bias": fmt.bias,
         "max": fmt.max,
+        "min": fmt.min,
         "min_normal": fmt.min_normal,
         "min_subnormal": fmt.min_subnormal,
         "eps": fmt.eps,
@@ -105,10 +118,26 @@ def facts(fmt: Format) -> dict[str, Any]:
         "has_inf": fmt.has_inf,
         "has_nan": fmt.has_nan,
         "has_negative_zero": fmt.has_negative_zero,
+        "has_zero": fmt.has_zero,
+        "signed": fmt.signed,
         "overflow": fmt.native_overflow,
         "dtype": fmt.dtype.name if fmt.dtype is not None else None,
         "source": fmt.source,
     }
+
+
+def composed_facts(fmt: Any) -> dict[str, Any]:
+    """Returns what there is to know about a codebook or block format, as JSON types."""
+    told = {field.name: getattr(fmt, field.name) for field in dataclasses.fields(fmt)}
+    told = {"name": fmt.name, "kind": fmt.kind, "bits": fmt.bits, "storage_bits": fmt.storage_bits, **told}
+    return {key: _plain(fact) for key, fact in told.items()}
+
+
+def _plain(fact: Any) -> Any:
+    """Returns a fact as a JSON type."""
+    if isinstance(fact, (tuple, list)):
+        return [_plain(each) for each in fact]
+    return fact if fact is None or isinstance(fact, (bool, int, float, str)) else str(fact)
 
 
 def inspection_facts(found: Inspection) -> dict[str, Any]:
@@ -140,7 +169,9 @@ def _json_number(number: float | None) -> float | str | None:
 
 def _formats_table() -> Table:
     """Returns the catalogue as a table."""
-    table = Table(title="Number formats", caption="Details: precision-lab formats NAME. Also eXmY and intN.")
+    table = Table(
+        title="Number formats", caption="Details: precision-lab formats NAME. Also eXmY, intN, uintN and fixedN.F."
+    )
     for heading in (
         "format",
         "bits",
@@ -162,19 +193,41 @@ def _formats_table() -> Table:
     return table
 
 
+def _composed_table(rows: list[dict[str, Any]]) -> Table:
+    """Returns codebooks and block formats as a table."""
+    return _table(
+        "Codebooks and blocks", [{key: row[key] for key in ("name", "kind", "bits", "source")} for row in rows]
+    )
+
+
+def _composed_page(fmt: Any) -> list[Any]:
+    """Returns all facts about a codebook or block format, with a picture of its values if they are few."""
+    table = _fields(fmt.name)
+    for key, fact in composed_facts(fmt).items():
+        if key != "name":
+            table.add_row(key.replace("_", " "), "-" if fact is None else str(fact))
+    drawn = fmt if hasattr(fmt, "grid") else getattr(fmt, "element", None)
+    return [table, *(_values_page(drawn) if drawn is not None else [])]
+
+
+def _values_page(fmt: Any) -> list[Text]:
+    """Returns the number line of a format that is narrow enough for one."""
+    if fmt.bits > _NEEDS_SCALES_BITS:
+        return []
+    return [Text("\nvalues, to scale (. one in a cell, : two, | more)"), Text(number_line(fmt))]
+
+
 def _facts_page(fmt: Format) -> list[Any]:
     """Returns all facts about one format, with its pictures."""
     table = _fields(fmt.name)
     for key, fact in facts(fmt).items():
-        if key not in ("name", "has_inf", "has_nan", "has_negative_zero"):
+        if key not in ("name", "has_inf", "has_nan", "has_negative_zero", "has_zero", "signed"):
             table.add_row(key.replace("_", " "), "-" if fact is None else str(fact))
     table.add_row("", SPECIALS[fmt.specials])
     pages: list[Any] = [table]
     if fmt.kind == "float":
         pages += [Text("\nexponents, as powers of two (- subnormal, = normal)"), Text(exponent_window(fmt))]
-    if fmt.bits <= _NEEDS_SCALES_BITS:
-        pages += [Text("\nvalues, to scale (. one in a cell, : two, | more)"), Text(number_line(fmt))]
-    return pages
+    return pages + _values_page(fmt)
 
 
 def _bits_page(given: str, found: Inspection) -> list[Any]:
@@ -221,13 +274,18 @@ def _error(found: Inspection) -> str:
 def _storage_facts(count: int, fmt: str, group: int, scale_format: str) -> dict[str, Any]:
     """Returns one row about stored weights."""
     plain = accounting.storage(count, fmt)
-    scaled = plain.format.bits <= _NEEDS_SCALES_BITS
+    own = plain.format if isinstance(plain.format, formats.BlockFormat) else None
+    scaled = own is None and plain.format.bits <= _NEEDS_SCALES_BITS
     true = accounting.storage(count, fmt, group=group if scaled else None, scale_format=scale_format)
+    if own is not None:
+        scales = f"{own.scale} per {'x'.join(map(str, own.block))}"
+    else:
+        scales = f"{formats.format(scale_format).name} per {group}" if scaled else "-"
     return {
         "format": plain.format.name,
-        "bits_per_parameter": plain.format.storage_bits,
+        "bits_per_parameter": plain.format.storage_bits if own is None else own.element.bits,
         "values_gb": _gb(plain.value_bytes),
-        "scales": f"{formats.format(scale_format).name} per {group}" if scaled else "-",
+        "scales": scales,
         "true_bits_per_parameter": true.bits_per_value,
         "total_gb": _gb(true.total_bytes),
     }

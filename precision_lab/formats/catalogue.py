@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from precision_lab.formats.scalar import SPECIALS, Format, Specials
+from precision_lab.formats.scalar import INTEGERS, SPECIALS, Format, Specials
 
 _IEEE = "IEEE 754-2019, table 3.5"
 _TF32 = "NVIDIA A100 Tensor Core GPU Architecture, 2020 (8 exponent and 10 mantissa bits, kept in 32-bit registers)"
@@ -22,6 +22,9 @@ _FNUZ = 'Noune et al., "8-bit Numerical Formats for Deep Neural Networks", 2022,
 _B11 = 'LLVM APFloat, after Sun et al., "Hybrid 8-bit Floating Point Training and Inference", NeurIPS 2019'
 _P3109 = "IEEE P3109 working group, interim report on binary floating-point formats for machine learning"
 _MX = "OCP Microscaling Formats (MX) specification 1.0, 2023, section 5.3; arXiv:2310.10537"
+_E8M0 = "OCP Microscaling Formats (MX) specification 1.0, 2023, section 5.4.1 (the scale format)"
+_FIXED = 'Gupta et al., "Deep Learning with Limited Numerical Precision", 2015, arXiv:1502.02551, section 3'
+_UINT = 'Jacob et al., "Quantization and Training of Neural Networks", 2018, arXiv:1712.05877, section 2.1'
 _INT = 'Wu et al., "Integer Quantization for Deep Learning Inference", 2020, arXiv:2004.09602, section 3.1'
 _GENERIC = "generic: sign, exponent and mantissa widths as the name says"
 
@@ -38,9 +41,21 @@ def _default_bias(exponent_bits: int, specials: str) -> int:
     return half if specials in ("fnuz", "p3109") else half - 1
 
 
-def _int(bits: int) -> Format:
-    """Returns the symmetric two's complement integer format of `bits` bits."""
-    return Format(f"int{bits}", "int", 0, bits - 1, 2 - bits, "narrow", _dtype(f"int{bits}"), _INT)
+def _int(bits: int, specials: Specials = "narrow") -> Format:
+    """Returns the integer format of `bits` bits."""
+    name = f"uint{bits}" if specials == "unsigned" else f"int{bits}"
+    said = ":full" if specials == "full" else ""
+    mantissa_bits = bits - (specials != "unsigned")
+    source = _UINT if specials == "unsigned" else _INT
+    return Format(name + said, "int", 0, mantissa_bits, 1 - mantissa_bits, specials, _dtype(name), source)
+
+
+def _fixed(bits: int, fraction_bits: int, specials: Specials) -> Format:
+    """Returns the fixed-point format of `bits` bits, of which `fraction_bits` are after the point."""
+    mantissa_bits = bits - (specials != "unsigned")
+    name = f"{'u' if specials == 'unsigned' else ''}fixed{bits}.{fraction_bits}"
+    said = ":narrow" if specials == "narrow" else ""
+    return Format(name + said, "int", 0, mantissa_bits, fraction_bits + 1 - mantissa_bits, specials, None, _FIXED)
 
 
 def _dtype(name: str) -> np.dtype | None:
@@ -65,16 +80,42 @@ _ENTRIES = (
     _float("p3109_k8p3", 5, 2, "p3109", _P3109),
     _float("p3109_k8p4", 4, 3, "p3109", _P3109),
     _float("p3109_k8p5", 3, 4, "p3109", _P3109),
+    _float("float8_e8m0fnu", 8, 0, "fnu", _E8M0),
     _float("float6_e3m2fn", 3, 2, "finite", _MX),
     _float("float6_e2m3fn", 2, 3, "finite", _MX),
     _float("float4_e2m1fn", 2, 1, "finite", _MX),
-    _int(16),
-    _int(8),
-    _int(4),
-    _int(2),
+    *(_int(bits) for bits in (16, 8, 4, 2)),
+    *(_int(bits, "full") for bits in (16, 8, 4, 2)),
+    *(_int(bits, "unsigned") for bits in (16, 8, 4, 2)),
 )
 
 FORMATS: Mapping[str, Format] = MappingProxyType({fmt.name: fmt for fmt in _ENTRIES})
+
+# Formats that are more than a grid of one element (codebooks, blocks), added by the modules that define them.
+_registered: dict[str, Any] = {}
+_registered_aliases: dict[str, str] = {}
+_finders: list[Callable[[str], Any | None]] = []
+REGISTERED: Mapping[str, Any] = MappingProxyType(_registered)
+
+
+def register(fmt: Any, *aliases: str) -> None:
+    """Makes `format` know `fmt`, any hashable object with a `name` and a `kind`, by its name and `aliases`.
+
+    Raises:
+      ValueError: something else has one of these names.
+    """
+    for name in (fmt.name, *aliases):
+        taken = FORMATS.get(name) or _registered.get(_registered_aliases.get(name, name))
+        if name in ALIASES or (taken is not None and taken != fmt):
+            raise ValueError(f"format name {name!r} is taken by {taken or FORMATS[ALIASES[name]]!r}; choose another.")
+    _registered[fmt.name] = fmt
+    _registered_aliases.update({alias: fmt.name for alias in aliases})
+
+
+def register_finder(find: Callable[[str], Any | None]) -> None:
+    """Makes `format` ask `find` for lower-case names it does not know, such as "bfp8:block=16"; None passes on."""
+    _finders.append(find)
+
 
 ALIASES: Mapping[str, str] = MappingProxyType(
     {
@@ -84,13 +125,16 @@ ALIASES: Mapping[str, str] = MappingProxyType(
         **{name.removeprefix("float8_"): name for name in FORMATS if name.startswith("float8_")},
         **{"f8_e4m3fn": "float8_e4m3fn", "f8_e5m2": "float8_e5m2", "fp8": "float8_e4m3fn"},
         **{"e3m2fn": "float6_e3m2fn", "e2m3fn": "float6_e2m3fn", "e2m1fn": "float4_e2m1fn", "fp4": "float4_e2m1fn"},
-        **{"i16": "int16", "i8": "int8", "i4": "int4", "i2": "int2"},
+        **{f"i{bits}": f"int{bits}" for bits in (16, 8, 4, 2)},
+        **{f"u{bits}": f"uint{bits}" for bits in (16, 8, 4, 2)},
     }
 )
 
 _BY_STRUCTURE = {(f.kind, f.exponent_bits, f.mantissa_bits, f.bias, f.specials): f for f in reversed(_ENTRIES)}
 _GENERIC_FLOAT = re.compile(r"e(\d{1,2})m(\d{1,2})(?::(.+))?")
-_GENERIC_INT = re.compile(r"int(\d{1,2})")
+_GENERIC_INT = re.compile(r"(u?)int(\d{1,2})(:full|:narrow)?")
+_GENERIC_FIXED = re.compile(r"(u?)fixed(\d{1,2})\.(\d{1,2})(:full|:narrow)?")
+_P3109_NAME = re.compile(r"p3109_k(\d{1,2})p(\d{1,2})")
 
 
 def format(spec: Any) -> Format:
@@ -98,14 +142,16 @@ def format(spec: Any) -> Format:
 
     Args:
       spec: a Format; a name of `FORMATS` or alias ("bf16", "half", "e4m3fn"); "eXmY" with IEEE conventions, or with
-        options as in "e5m3:bias=12,finite" (`bias=` and one of the `SPECIALS`); "intN" for N from 2 to 16; a NumPy,
-        ml_dtypes or JAX dtype. Spellings that describe a catalogue entry give that entry.
+        options as in "e5m3:bias=12,finite" (`bias=` and one of the `SPECIALS`); "p3109_k8p3" and others of K bits with
+        precision P; "intN", "intN:full" and "uintN" for N from 2 to 16 (narrow, full range, unsigned); "fixedN.F" and
+        "ufixedN.F" with F of N bits after the point, full range unless ":narrow"; a name that `register` added; a
+        NumPy, ml_dtypes or JAX dtype. Spellings that describe a catalogue entry give that entry.
 
     Raises:
       ValueError: nothing has that name (the nearest names are given), or the options contradict each other.
       TypeError: `spec` is neither a name, nor a dtype, nor a Format.
     """
-    if isinstance(spec, Format):
+    if isinstance(spec, Format) or type(spec) in {type(fmt) for fmt in _registered.values()}:
         return spec
     if isinstance(spec, str):
         return _from_name(spec)
@@ -120,19 +166,40 @@ def _from_name(spec: str) -> Format:
         return FORMATS[name]
     if match := _GENERIC_FLOAT.fullmatch(name):
         return _generic_float(spec, int(match[1]), int(match[2]), match[3])
-    if (match := _GENERIC_INT.fullmatch(name)) and 2 <= int(match[1]) <= 16:
-        return _int(int(match[1]))
+    if found := _generic_int(name):
+        return found
+    registered = _registered.get(_registered_aliases.get(name, name))
+    if registered is not None:
+        return registered
+    for find in _finders:
+        if (found := find(name)) is not None:
+            return found
     raise ValueError(f"unknown format {spec!r}. {_suggestion(name)}")
+
+
+def _generic_int(name: str) -> Format | None:
+    """Returns the integer, fixed-point or P3109 format of this name, None if it is no such name."""
+    if (match := _P3109_NAME.fullmatch(name)) and 1 <= int(match[2]) < int(match[1]) <= 16:
+        return _float(name, int(match[1]) - int(match[2]), int(match[2]) - 1, "p3109", _P3109)
+    match = _GENERIC_INT.fullmatch(name) or _GENERIC_FIXED.fullmatch(name)
+    if not match or not 2 <= int(match[2]) <= 16 or (match[1] and match[match.re.groups]):
+        return None
+    is_int = match.re is _GENERIC_INT
+    said = (match[match.re.groups] or (":narrow" if is_int else ":full")).removeprefix(":")
+    specials: Any = "unsigned" if match[1] else said
+    if is_int:
+        return FORMATS.get(name.removesuffix(":narrow")) or _int(int(match[2]), specials)
+    return _fixed(int(match[2]), int(match[3]), specials)
 
 
 def _suggestion(name: str) -> str:
     """Returns the sentence that helps with an unknown format."""
-    known = [*FORMATS, *ALIASES]
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    near = list(dict.fromkeys(ALIASES.get(each, each) for each in near))
+    names = {**{each: each for each in (*FORMATS, *_registered)}, **ALIASES, **_registered_aliases}
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    near = list(dict.fromkeys(names[each] for each in near))
     if near:
         return f"Nearest: {', '.join(map(repr, near))}."
-    return f"Known: {', '.join(FORMATS)}; also eXmY such as 'e5m3' and intN for N from 2 to 16."
+    return f"Known: {', '.join(FORMATS)}; also eXmY such as 'e5m3', intN and uintN for N from 2 to 16, fixedN.F."
 
 
 def _generic_float(spec: str, e: int, m: int, options: str | None) -> Format:
@@ -156,10 +223,10 @@ def _parse_options(spec: str, options: str | None) -> tuple[Specials, int | None
         key, _, value = option.strip().partition("=")
         if key == "bias" and bias is None and re.fullmatch(r"-?\d{1,4}", value):
             bias = int(value)
-        elif key in SPECIALS and key != "narrow" and not value and specials is None:
+        elif key in SPECIALS and key not in INTEGERS and not value and specials is None:
             specials = key  # pyright: ignore[reportAssignmentType]
         else:
-            names = ", ".join(name for name in SPECIALS if name != "narrow")
+            names = ", ".join(name for name in SPECIALS if name not in INTEGERS)
             raise ValueError(
                 f"format {spec!r}: cannot use option {option!r}. Options are bias=INTEGER and one of {names}."
             )

@@ -83,6 +83,6 @@ def within(xp: ModuleType, dtype: Any, p: FormatParams) -> FormatParams:
     low_bits = _U32((1 << spare) - 1)
 
     def lowered(bits: Any) -> Any:
-        return xp.where(bits < _U32(FLOAT32.inf), xp.minimum(bits & ~low_bits, cap), bits)
+        return xp.minimum(bits & ~low_bits, cap)
 
-    return p._replace(max=lowered(p.max), overflow=lowered(p.overflow), infinity=lowered(p.infinity))
+    return p._replace(max=lowered(p.max), min=lowered(p.min))

@@ -26,7 +26,7 @@ class Inspection:
       value: the value it rounds to.
       category: "zero", "subnormal", "normal", "inf" or "nan".
       code: the integer whose bits are stored.
-      sign: the sign bit.
+      sign: the sign bit; empty where there is none.
       exponent: the exponent field; empty for integers.
       mantissa: the mantissa field; for integers all bits but the sign, in two's complement.
       scale_exponent: the power of two that the mantissa is scaled by; None for specials and zero.
@@ -71,7 +71,14 @@ def _as_float(value: Fraction) -> float:
         return math.inf if value > 0 else -math.inf
 
 
-def inspect(value: Any, fmt: Any, *, rounding: str = "nearest_even", overflow: str | None = None) -> Inspection:
+def inspect(
+    value: Any,
+    fmt: Any,
+    *,
+    rounding: str = "nearest_even",
+    overflow: str | None = None,
+    subnormals: str = "keep",
+) -> Inspection:
     """Returns how `value` is stored in `fmt`.
 
     Args:
@@ -80,13 +87,17 @@ def inspect(value: Any, fmt: Any, *, rounding: str = "nearest_even", overflow: s
       fmt: a format or its name.
       rounding: as for `round_to`.
       overflow: as for `round_to`.
+      subnormals: as for `round_to`.
 
     Raises:
+      TypeError: `fmt` is a codebook or block format.
       ValueError: `value` is no number, or NaN in a format that has none.
     """
     fmt = format(fmt)
+    if not isinstance(fmt, Format):
+        raise TypeError(f"{fmt} stores no numbers one by one; inspect its elements' format.")
     given = parse_number(value)
-    rounded = oracle.round_number(given, fmt, rounding=rounding, overflow=overflow)
+    rounded = oracle.round_number(given, fmt, rounding=rounding, overflow=overflow, subnormals=subnormals)
     code = encode_number(rounded, fmt)
     finite = math.isfinite(rounded)
     given_is_finite = isinstance(given, Fraction) or given == 0
@@ -99,9 +110,9 @@ def inspect(value: Any, fmt: Any, *, rounding: str = "nearest_even", overflow: s
         value=rounded,
         category=_category(rounded, fmt),
         code=code,
-        sign=text[0],
-        exponent=text[1 : 1 + fmt.exponent_bits],
-        mantissa=text[1 + fmt.exponent_bits :],
+        sign=text[: int(fmt.signed)],
+        exponent=text[int(fmt.signed) :][: fmt.exponent_bits],
+        mantissa=text[int(fmt.signed) + fmt.exponent_bits :],
         scale_exponent=_scale_exponent(rounded, fmt),
         error=error,
         ulp=float(oracle.spacing(abs(Fraction(rounded)), fmt)) if finite else None,
@@ -163,6 +174,8 @@ def encode_number(value: float, fmt: Format) -> int:
         return (-int(steps) if sign else int(steps)) % (1 << fmt.bits)
     if value == 0:
         return sign
+    if not fmt.has_zero:
+        return oracle.floor_exponent(Fraction(value)) - fmt.min_exponent
     # Each binade above the first doubles the spacing, and adds one to the exponent field.
     binades = max(oracle.floor_exponent(abs(Fraction(value))) - fmt.min_exponent, 0)
     return sign | int(steps / power_of_two(binades)) + (binades << fmt.mantissa_bits)
@@ -185,23 +198,32 @@ def _scale_exponent(value: float, fmt: Format) -> int | None:
 
 
 def _neighbours(value: float, fmt: Format) -> tuple[float | None, float | None]:
-    """Returns the values just below and just above `value` in `fmt`."""
+    """Returns the values just below and just above `value` in `fmt`; infinities and None where there is none."""
     if math.isnan(value):
         return None, None
     if value < 0 or math.copysign(1.0, value) < 0:
-        below, above = _neighbours(-value, fmt)
+        below, above = _beside(-value, -fmt.lowest, fmt)
         return None if above is None else -above, None if below is None else -below
-    if math.isinf(value):
-        return fmt.max, None
-    if value == fmt.max:
+    return _beside(value, fmt.magnitude(fmt.max_code), fmt)
+
+
+def _beside(magnitude: float, largest: Fraction, fmt: Format) -> tuple[float | None, float | None]:
+    """Returns the values just below and just above `magnitude`, of this sign but for the one below zero."""
+    if math.isinf(magnitude):
+        return float(largest), None
+    if magnitude == largest:
         above = math.inf if fmt.has_inf else None
     else:
-        above = float(Fraction(value) + oracle.spacing(Fraction(value), fmt))
-    return _below(Fraction(value), fmt), above
+        above = float(Fraction(magnitude) + oracle.spacing(Fraction(magnitude), fmt))
+    return _below(Fraction(magnitude), fmt), above
 
 
-def _below(value: Fraction, fmt: Format) -> float:
+def _below(value: Fraction, fmt: Format) -> float | None:
     """Returns the value just below `value` >= 0; at a power of two the spacing there is the finer one."""
+    if not fmt.signed and value == fmt.lowest:
+        return None
     if value == 0:
         return -float(fmt.step)
+    if not fmt.has_zero:
+        return float(value / 2)
     return float(oracle.neighbours(value - fmt.step / 2, fmt)[0])

@@ -5,13 +5,17 @@ Bytes are 8 bits and a GB is 10**9 bytes. Codes are packed without gaps, so four
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from precision_lab.formats.blocks import BlockFormat
 from precision_lab.formats.catalogue import format
+from precision_lab.formats.codebooks import Codebook
+from precision_lab.formats.packing import packed_bytes
 from precision_lab.formats.scalar import Format
 
 # State arrays of the shape of the parameters that an optimizer keeps.
@@ -29,10 +33,10 @@ class Storage:
       format: the format of the values.
       count: how many values.
       value_bytes: bytes of the packed codes.
-      scale_bytes: bytes of the scales, one per group.
+      scale_bytes: bytes of the scales, one per group, or those that a block format has.
     """
 
-    format: Format
+    format: Format | BlockFormat | Codebook
     count: int
     value_bytes: int
     scale_bytes: int
@@ -53,19 +57,23 @@ def storage(count: int, fmt: Any, *, group: int | None = None, scale_format: Any
 
     Args:
       count: number of values, at least 1.
-      fmt: a format or its name.
-      group: how many values share one scale; None counts no scales. A last, smaller group has its scale too.
-      scale_format: format of the scales.
+      fmt: a format or its name; block formats have scales of their own, which are counted.
+      group: how many values share one scale; None counts no other scales. A last, smaller group has its scale too.
+      scale_format: format of the scales of groups.
 
     Raises:
-      ValueError: `count` or `group` is not positive, or a format is unknown.
+      ValueError: `count` or `group` is not positive, a format is unknown, or groups of a block format are wanted.
     """
     fmt, scales = format(fmt), format(scale_format)
     _check_positive("number of values", count)
-    if group is not None:
-        _check_positive("group", group)
-    groups = 0 if group is None else -(-count // group)
-    return Storage(fmt, count, _packed_bytes(count, fmt), _packed_bytes(groups, scales))
+    if group is None:
+        return Storage(fmt, count, _value_bytes(count, fmt), _own_scale_bytes(count, fmt))
+    _check_positive("group", group)
+    if isinstance(fmt, BlockFormat):
+        raise ValueError(f"group={group}: {fmt.name} has scales of its own; leave group out.")
+    if not isinstance(scales, Format):
+        raise ValueError(f"scale_format={scales.name!r}: scales are floats, integers or fixed point.")
+    return Storage(fmt, count, _value_bytes(count, fmt), _value_bytes(-(-count // group), scales))
 
 
 @dataclass(frozen=True)
@@ -151,9 +159,25 @@ def parse_count(text: str) -> int:
     return int(value)
 
 
-def _packed_bytes(count: int, fmt: Format) -> int:
+def _packed_bytes(count: int, fmt: Format | BlockFormat | Codebook) -> int:
+    """Returns the bytes of `count` values with the scales that their format has itself."""
+    return _value_bytes(count, fmt) + _own_scale_bytes(count, fmt)
+
+
+def _value_bytes(count: int, fmt: Format | BlockFormat | Codebook) -> int:
     """Returns the bytes of `count` codes without gaps, the last byte filled up."""
-    return -(-count * fmt.storage_bits // 8)
+    if isinstance(fmt, Codebook):
+        return packed_bytes(count, fmt.bits, per_byte=fmt.packed)
+    return packed_bytes(count, fmt.element.bits if isinstance(fmt, BlockFormat) else fmt.storage_bits)
+
+
+def _own_scale_bytes(count: int, fmt: Format | BlockFormat | Codebook) -> int:
+    """Returns the bytes of the scales that belong to a format, as if all its blocks but the last were full."""
+    if not isinstance(fmt, BlockFormat):
+        return 0
+    blocks = -(-count // math.prod(fmt.block))
+    shape = (blocks * fmt.block[0], *fmt.block[1:])
+    return (fmt.stored_bits(shape) - math.prod(shape) * fmt.element.bits) // 8
 
 
 def _check_positive(name: str, number: int) -> None:

@@ -12,27 +12,46 @@ ROUNDINGS: dict[str, str] = {
     "up": "the larger",
     "down": "the smaller",
     "to_odd": "the one whose code is odd, so that a second, coarser rounding is still right",
+    "stochastic": "either, at random, the nearer the likelier; the mean is the value",
 }
-OVERFLOWS = ("native", "saturate", "inf", "nan")
-SUBNORMALS = ("keep",)
+OVERFLOWS: dict[str, str] = {
+    "native": "as the format's specification has it",
+    "saturate": "the largest value, from infinities too",
+    "saturate_finite": "the largest value; infinities become what the specification has",
+    "inf": "infinity",
+    "nan": "NaN",
+}
+# What becomes of a value below the smallest normal number.
+SUBNORMALS: dict[str, str] = {
+    "keep": "the nearest subnormal number",
+    "flush": "rounded first, then zero if it is still subnormal",
+    "denormals_are_zero": "zero, before rounding",
+    "round": "zero or the smallest normal number, as the rounding says",
+}
 
 
-def check_rounding(rounding: str) -> str:
-    """Returns `rounding` if it is one that can be done here; raises ValueError otherwise."""
+def check_rounding(rounding: str, *, random: bool = False) -> str:
+    """Returns `rounding` if it is one that can be done with or without random bits; raises ValueError otherwise."""
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}.")
+    if rounding == "stochastic" and not random:
+        raise ValueError("rounding='stochastic' needs randomness; give key= or bits=.")
+    if rounding != "stochastic" and random:
+        raise ValueError(f"rounding={rounding!r} uses no randomness; leave out key= and bits=, or say 'stochastic'.")
     return rounding
 
 
-def check_subnormals(subnormals: str) -> str:
-    """Returns `subnormals` if it is one that can be done here; raises ValueError otherwise."""
+def check_subnormals(subnormals: str, fmt: Format) -> str:
+    """Returns `subnormals` if `fmt` can have it; raises ValueError otherwise."""
     if subnormals not in SUBNORMALS:
-        raise ValueError(f"subnormals must be {' or '.join(map(repr, SUBNORMALS))}, got {subnormals!r}.")
+        raise ValueError(f"subnormals must be one of {', '.join(SUBNORMALS)}, got {subnormals!r}.")
+    if subnormals != "keep" and (fmt.kind != "float" or not fmt.has_zero):
+        raise ValueError(f"subnormals={subnormals!r}: {fmt.name} has no subnormal numbers. Choose 'keep'.")
     return subnormals
 
 
 def overflow_action(fmt: Format, overflow: str | None) -> Overflow:
-    """Returns what a value beyond `fmt.max` becomes, "saturate", "inf" or "nan"; None means as specified ("native").
+    """Returns what a value beyond `fmt.max` becomes, one of `OVERFLOWS`; None and "native" mean as specified.
 
     Raises:
       ValueError: an unknown name, or a result that the format has no code for.
@@ -48,5 +67,5 @@ def overflow_action(fmt: Format, overflow: str | None) -> Overflow:
 
 def _alternatives(fmt: Format) -> str:
     """Returns the overflow options that `fmt` can honour, for an error message."""
-    possible = ["'saturate'"] + ["'inf'"] * fmt.has_inf + ["'nan'"] * fmt.has_nan
+    possible = ["'saturate'", "'saturate_finite'"] + ["'inf'"] * fmt.has_inf + ["'nan'"] * fmt.has_nan
     return " or ".join(possible)

@@ -18,48 +18,83 @@ from precision_lab.formats.scalar import Format, power_of_two
 
 
 def round_to(
-    x: Any, fmt: Any, *, rounding: str = "nearest_even", overflow: str | None = None, subnormals: str = "keep"
+    x: Any,
+    fmt: Any,
+    *,
+    rounding: Any = "nearest_even",
+    overflow: str | None = None,
+    subnormals: str = "keep",
+    bits: Any = None,
+    n_bits: int | None = None,
+    centred: bool = False,
 ) -> np.ndarray:
     """Returns `x` with every element on the grid of `fmt`, as float64; the reference for `formats.round_to`.
 
     Args:
       x: floats in anything NumPy takes for an array; or an array of Fractions, which need not fit any float.
       fmt: a format or its name.
-      rounding: as for `formats.round_to`.
+      rounding: a name, as for `formats.round_to`.
       overflow: as for `formats.round_to`.
       subnormals: as for `formats.round_to`.
+      bits: random bits for "stochastic", unsigned integers of the shape of `x`.
+      n_bits: as for `formats.round_to`.
+      centred: as for `formats.round_to`.
 
     Returns:
       float64 array of the shape of `x`. It holds every value of every format; where the format reaches beyond the
       dtype of `x`, `formats.round_to` stops at the largest value both have and this function does not.
     """
-    check_subnormals(subnormals)
     fmt = format(fmt)
     array = np.asarray(x)
     if array.dtype != object:
         with np.errstate(invalid="ignore"):  # signalling NaNs
             array = array.astype(np.float64)
-    flat = [round_number(value, fmt, rounding=rounding, overflow=overflow) for value in array.ravel().tolist()]
-    return np.array(flat, np.float64).reshape(array.shape)
+    flat, options = array.ravel().tolist(), {"rounding": rounding, "overflow": overflow, "subnormals": subnormals}
+    chances = [None] * len(flat) if bits is None else _chances(np.asarray(bits), n_bits, centred)
+    rounded = [round_number(value, fmt, chance=chance, **options) for value, chance in zip(flat, chances, strict=True)]
+    return np.array(rounded, np.float64).reshape(array.shape)
+
+
+def _chances(bits: np.ndarray, n_bits: int | None, centred: bool) -> list[Fraction]:
+    """Returns random bits as fractions in [0, 1), in the middle of their interval if centred."""
+    n = bits.dtype.itemsize * 8 if n_bits is None else n_bits
+    half = Fraction(int(centred), 2)
+    return [(number % (1 << n) + half) / (1 << n) for number in bits.ravel().tolist()]
 
 
 def round_number(
-    value: float | Fraction, fmt: Format, *, rounding: str = "nearest_even", overflow: str | None = None
+    value: float | Fraction,
+    fmt: Format,
+    *,
+    rounding: str = "nearest_even",
+    overflow: str | None = None,
+    subnormals: str = "keep",
+    chance: Fraction | None = None,
 ) -> float:
-    """Returns the number of `fmt` that `value` rounds to; options as for `round_to`."""
-    check_rounding(rounding)
+    """Returns the number of `fmt` that `value` rounds to; options as for `round_to`.
+
+    `chance`, from 0 to 1, decides stochastic rounding: away from zero if it and the discarded part, in units of the
+    spacing, are together at least 1.
+    """
+    check_rounding(rounding, random=chance is not None)
+    check_subnormals(subnormals, fmt)
     action = overflow_action(fmt, overflow)
     negative = math.copysign(1.0, value) < 0 if isinstance(value, float) else value < 0
-    sign = -1.0 if negative else 1.0
-    if isinstance(value, float) and not math.isfinite(value):
-        return _round_special(value, fmt, action)
-    magnitude = _round_magnitude(abs(Fraction(value)), negative, fmt, rounding)
-    if magnitude == 0:
-        return sign * 0.0 if fmt.has_negative_zero else 0.0
-    if magnitude > fmt.magnitude(fmt.max_code):
+    if isinstance(value, float) and math.isnan(value):
+        return math.nan
+    if (value < 0 and not fmt.signed) or (value == 0 and not fmt.has_zero):
+        return fmt.min if action == "saturate" or fmt.has_zero else math.nan
+    if isinstance(value, float) and math.isinf(value):
+        return _round_infinity(value, fmt, action)
+    magnitude = _round_magnitude(abs(Fraction(value)), negative, fmt, rounding, subnormals, chance)
+    largest = -fmt.lowest if negative else fmt.magnitude(fmt.max_code)
+    if magnitude > largest:
         inwards = rounding in ("toward_zero", "to_odd") or rounding == ("up" if negative else "down")
-        return sign * (fmt.max if inwards else {"saturate": fmt.max, "inf": math.inf, "nan": math.nan}[action])
-    return sign * float(magnitude)
+        beyond = {"inf": math.inf, "nan": math.nan}.get("" if inwards else action, float(largest))
+        return -beyond if negative else beyond
+    if magnitude == 0 and not fmt.has_negative_zero:
+        return 0.0
+    return -float(magnitude) if negative else float(magnitude)
 
 
 def neighbours(magnitude: Fraction, fmt: Format) -> tuple[Fraction, Fraction]:
@@ -73,13 +108,10 @@ def spacing(magnitude: Fraction, fmt: Format) -> Fraction:
     return _locate(magnitude, fmt)[1]
 
 
-def _round_special(value: float, fmt: Format, action: str) -> float:
-    """Returns what NaN or an infinity becomes; NaN stays, so that it can be seen."""
-    if math.isnan(value):
-        return math.nan
-    if action == "saturate":
-        return math.copysign(fmt.max, value)
-    return {"inf": value, "nan": math.nan, "saturate": math.copysign(fmt.max, value)}[fmt.native_overflow]
+def _round_infinity(value: float, fmt: Format, action: str) -> float:
+    """Returns what an infinity becomes."""
+    becomes = "saturate" if action == "saturate" else fmt.native_overflow
+    return {"inf": value, "nan": math.nan}.get(becomes, fmt.min if value < 0 else fmt.max)
 
 
 def _locate(magnitude: Fraction, fmt: Format) -> tuple[Fraction, Fraction, bool]:
@@ -87,25 +119,40 @@ def _locate(magnitude: Fraction, fmt: Format) -> tuple[Fraction, Fraction, bool]
     exponent = max(floor_exponent(magnitude), fmt.min_exponent) if magnitude else fmt.min_exponent
     step = power_of_two(exponent - fmt.mantissa_bits)
     count = magnitude // step
-    if fmt.mantissa_bits == 0:  # the code is the exponent field, and 0 is zero
+    if fmt.mantissa_bits == 0 and fmt.kind == "float":  # the code is the exponent field
         return count * step, step, count > 0 and (exponent + fmt.bias) % 2 == 1
     return count * step, step, count % 2 == 1
 
 
-def _round_magnitude(magnitude: Fraction, negative: bool, fmt: Format, rounding: str) -> Fraction:
+def _round_magnitude(
+    magnitude: Fraction, negative: bool, fmt: Format, rounding: str, subnormals: str, chance: Fraction | None
+) -> Fraction:
     """Returns the neighbour of `magnitude` that `rounding` picks, as if there were no largest value."""
+    normal = power_of_two(fmt.min_exponent)
     below, step, odd = _locate(magnitude, fmt)
-    rest = (magnitude - below) / step
+    if magnitude < normal and not fmt.has_zero:
+        return normal
+    if magnitude < normal and subnormals == "denormals_are_zero":
+        return Fraction(0)
+    if magnitude < normal and subnormals == "round":  # zero is then the value before it, as code 0 before code 1
+        below, step, odd = Fraction(0), normal, False
+    upper = _takes_upper((magnitude - below) / step, negative, odd, rounding, chance)
+    rounded = below + step if upper else below
+    return Fraction(0) if subnormals == "flush" and rounded < normal else rounded
+
+
+def _takes_upper(rest: Fraction, negative: bool, odd: bool, rounding: str, chance: Fraction | None) -> bool:
+    """Returns whether the upper neighbour is taken, `rest` being the distance to the lower one in spacings."""
     half = Fraction(1, 2)
-    take_upper = {
+    return {
         "nearest_even": rest > half or (rest == half and odd),
         "nearest_away": rest >= half,
         "toward_zero": False,
         "up": rest > 0 and not negative,
         "down": rest > 0 and negative,
         "to_odd": rest > 0 and not odd,
+        "stochastic": rest + (chance or 0) >= 1,
     }[rounding]
-    return below + step if take_upper else below
 
 
 def floor_exponent(value: Fraction) -> int:

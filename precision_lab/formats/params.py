@@ -15,7 +15,7 @@ import numpy as np
 
 from precision_lab.formats.catalogue import format
 from precision_lab.formats.options import check_subnormals, overflow_action
-from precision_lab.formats.scalar import Format
+from precision_lab.formats.scalar import Format, power_of_two
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,14 @@ class Layout:
     bias: int
 
     @property
+    def bits(self) -> int:
+        """Returns the width of a word."""
+        return self.word(0).itemsize * 8
+
+    @property
     def sign(self) -> int:
         """Returns the bit pattern of -0."""
-        return 1 << (self.word(0).itemsize * 8 - 1)
+        return 1 << (self.bits - 1)
 
     @property
     def inf(self) -> int:
@@ -59,49 +64,108 @@ class FormatParams(NamedTuple):
 
     Attributes:
       drop: mantissa bits of the container that the format does not have.
-      min_field: exponent field, in the container, of the format's smallest normal number; at least 1.
+      min_field: exponent field, in the container, below which steps are equal; 0 where the format has the
+        container's own exponents.
+      leading: the bit of a leading one, set before the last bit kept is read; 0 without mantissa bits.
+      parity: bit flipped before that, so that it says whether a code is odd; 0 with mantissa bits.
+      step: bits of the smallest positive value that rounding can give, and of the distance between the smallest.
+      smallest: bits of what it becomes; 0 if all subnormal inputs become zero.
+      flush: bits of the value below which results are flushed to zero; 0 if they are not.
       max: bits of the largest finite value.
-      overflow: bits of what a finite value beyond it becomes.
-      infinity: bits of what an infinity becomes.
-      smallest: bits of the smallest positive value.
+      min: bits of the magnitude of the most negative value.
+      overflow: bits of what a finite value beyond them becomes; 0 if it becomes the largest.
+      finite: bits beyond which inputs are not treated as numbers: all that are not, or NaNs only.
+      quiet: bits set in such inputs; the container's quiet bit where infinities become NaN.
       zero_sign: mask of the sign a zero may keep; all bits, or none where there is no negative zero.
     """
 
     drop: Any
     min_field: Any
-    max: Any
-    overflow: Any
-    infinity: Any
+    leading: Any
+    parity: Any
+    step: Any
     smallest: Any
+    flush: Any
+    max: Any
+    min: Any
+    overflow: Any
+    finite: Any
+    quiet: Any
     zero_sign: Any
 
 
+def traceable_params(fmt: Format, *, overflow: str | None, subnormals: str, container: Any) -> FormatParams:
+    """Returns the parameters of `fmt` if every rounding is exact with them; documented at `Format.params`."""
+    if needs_integers(fmt, layout_of(container), subnormals):
+        raise ValueError(
+            f"subnormals={subnormals!r}: {fmt.name} has the subnormals of {layout_of(container).name}, and traced "
+            "parameters cannot ask for it. Give the format itself, or float64 arrays under jax_enable_x64."
+        )
+    return make_params(fmt, overflow=overflow, subnormals=subnormals, container=container)
+
+
 def make_params(fmt: Format, *, overflow: str | None, subnormals: str, container: Any) -> FormatParams:
-    """Returns the parameters of `fmt`; documented at `Format.params`."""
-    check_subnormals(subnormals)
+    """Returns the parameters of `fmt`; for a format that is not traced."""
+    check_subnormals(subnormals, fmt)
     action = overflow_action(fmt, overflow)
     layout = layout_of(container)
-    min_field = fmt.min_exponent + layout.bias
-    missing = max(fmt.mantissa_bits - layout.mantissa_bits, 0)
-    drop = max(layout.mantissa_bits - fmt.mantissa_bits, 0)
-    if drop and min_field < 1:
+    check_steps(fmt, layout)
+    min_field, step = _around_zero(fmt, layout, subnormals)
+    infinity = "saturate" if action == "saturate" else fmt.native_overflow
+    words = {
+        "drop": max(layout.mantissa_bits - fmt.mantissa_bits, 0),
+        "min_field": min_field,
+        "leading": 1 << layout.mantissa_bits if fmt.mantissa_bits else 0,
+        # An exponent field is its own code less that of the smallest normal number, plus one.
+        "parity": (fmt.min_exponent + layout.bias + 1) % 2 << layout.mantissa_bits if fmt.mantissa_bits == 0 else 0,
+        "step": step,
+        "smallest": 0 if subnormals == "denormals_are_zero" else step,
+        "flush": layout.floor_bits(power_of_two(fmt.min_exponent)) if subnormals == "flush" else 0,
+        "max": layout.floor_bits(fmt.magnitude(fmt.max_code)),
+        "min": layout.floor_bits(abs(fmt.lowest)),
+        "overflow": {"inf": layout.inf, "nan": layout.nan}.get(action, 0),
+        "finite": layout.inf if infinity == "saturate" else layout.inf - 1,
+        "quiet": layout.nan & ~layout.inf if infinity == "nan" else 0,
+        "zero_sign": layout.sign if fmt.has_negative_zero else 0,
+    }
+    return FormatParams(**{key: layout.word(word) for key, word in words.items()})
+
+
+def check_steps(fmt: Format, layout: Layout) -> None:
+    """Refuses formats that arrays of this layout cannot be rounded to exactly.
+
+    Where a format has subnormals of its own, its step must be so large that what the container may flush is less
+    than half of it, and so small that a number of that last place exists. Else it must share the container's.
+    """
+    where = f"{fmt.name} in {layout.name} arrays"
+    if not fmt.has_zero:
+        raise ValueError(f"{where}: parameters cannot say that a format has no zero; give the format itself.")
+    smallest_step, largest_step = power_of_two(2 - layout.bias), power_of_two(layout.bias - layout.mantissa_bits)
+    if not _shares_subnormals(fmt, layout) and not smallest_step <= fmt.step < largest_step:
         raise ValueError(
-            f"{fmt.name} has normal numbers where {layout.name} has only subnormals, with fewer mantissa bits than "
-            f"{layout.name}; such roundings are not exact. Give float64 arrays under jax_enable_x64."
+            f"{where}: the smallest values lie where {layout.name} has only subnormals of another spacing, or too "
+            "high; such roundings are not exact. Give float64 arrays under jax_enable_x64."
         )
-    largest = layout.floor_bits(fmt.magnitude(fmt.max_code))
-    beyond = {"saturate": largest, "inf": layout.inf, "nan": layout.nan}
-    infinity = action if action == "saturate" else fmt.native_overflow
-    words = FormatParams(
-        drop=drop,
-        min_field=max(min_field - missing, 1),
-        max=largest,
-        overflow=beyond[action],
-        infinity=beyond[infinity],
-        smallest=max(layout.floor_bits(fmt.step), 1),
-        zero_sign=layout.sign if fmt.has_negative_zero else 0,
-    )
-    return FormatParams(*(layout.word(word) for word in words))
+
+
+def _shares_subnormals(fmt: Format, layout: Layout) -> bool:
+    """Returns whether the subnormal numbers of the container are as many dropped bits from the format as all others."""
+    field, missing = fmt.min_exponent + layout.bias, max(fmt.mantissa_bits - layout.mantissa_bits, 0)
+    return field == 1 or (fmt.mantissa_bits >= layout.mantissa_bits and field - missing <= 1)
+
+
+def needs_integers(fmt: Format, layout: Layout, subnormals: str) -> bool:
+    """Returns whether `kernel.round_nearest_even` would decide about numbers that the container may flush."""
+    return subnormals == "round" and fmt.min_exponent + layout.bias <= 1
+
+
+def _around_zero(fmt: Format, layout: Layout, subnormals: str) -> tuple[int, int]:
+    """Returns `FormatParams.min_field` and `.step`."""
+    field = fmt.min_exponent + layout.bias
+    if subnormals in ("denormals_are_zero", "round"):
+        return max(field, 1), max(layout.floor_bits(power_of_two(fmt.min_exponent)), 1)
+    field -= max(fmt.mantissa_bits - layout.mantissa_bits, 0)
+    return field if field > 1 else 0, max(layout.floor_bits(fmt.step), 1)
 
 
 def layout_of(container: Any) -> Layout:

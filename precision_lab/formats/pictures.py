@@ -1,19 +1,24 @@
 """Formats as pictures in plain text, for terminals."""
 
+from typing import Any
+
 from precision_lab.formats.scalar import Format
 
 # Cells to the right of the first; even, so that zero has a cell of its own.
 _WIDTH = 72
 
 
-def number_line(fmt: Format) -> str:
-    """Returns a picture of all values of a narrow format on a linear axis."""
+def number_line(fmt: Any) -> str:
+    """Returns a picture of all values of a narrow format, or of anything with a `grid`, on a linear axis."""
     cells = [0] * (_WIDTH + 1)
-    for value in fmt.grid():
-        cells[round((value / fmt.max + 1) / 2 * _WIDTH)] += 1
+    values = fmt.grid()
+    least, largest = float(values[0]), float(values[-1])
+    for value in values:
+        cells[round((value - least) / (largest - least) * _WIDTH)] += 1
     line = "".join(" .:|"[min(count, 3)] for count in cells)
-    low, high = f"{-fmt.max:g}", f"{fmt.max:g}"
-    return f"{line}\n{low}{'0'.center(_WIDTH + 1 - len(low) - len(high))}{high}"
+    low, high = f"{least:g}", f"{largest:g}"
+    middle = "0" if least < 0 else ""
+    return f"{line}\n{low}{middle.center(_WIDTH + 1 - len(low) - len(high))}{high}"
 
 
 def exponent_window(fmt: Format) -> str:

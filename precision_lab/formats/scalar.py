@@ -17,19 +17,23 @@ import numpy as np
 if TYPE_CHECKING:
     from precision_lab.formats.params import FormatParams
 
-Kind = Literal["float", "int"]
-Specials = Literal["ieee", "fn", "fnuz", "p3109", "finite", "narrow"]
-Overflow = Literal["saturate", "inf", "nan"]
+Kind = Literal["float", "int", "codebook"]
+Specials = Literal["ieee", "fn", "fnuz", "p3109", "finite", "fnu", "narrow", "full", "unsigned"]
+Overflow = Literal["saturate", "saturate_finite", "inf", "nan"]
 
-# What the codes at the edge of a float format mean; "narrow" belongs to the integers.
+# What the codes at the edge of a format mean; the last three belong to the integers.
 SPECIALS: dict[str, str] = {
     "ieee": "the largest exponent field holds infinities and NaNs",
     "fn": "no infinity; the all-ones code of each sign is NaN",
     "fnuz": "no infinity, no negative zero; the code of negative zero is the only NaN",
     "p3109": "no negative zero, its code is the only NaN; the largest code of each sign is infinity",
     "finite": "every code is a number",
+    "fnu": "no sign, no zero, no infinity; the all-ones code is NaN",
     "narrow": "two's complement without the most negative code, so the range is symmetric",
+    "full": "two's complement with the most negative code, so the range reaches one step further below zero",
+    "unsigned": "no sign; every code is a number",
 }
+INTEGERS = ("narrow", "full", "unsigned")
 
 
 def power_of_two(exponent: int) -> Fraction:
@@ -46,7 +50,8 @@ class Format:
       kind: "float" or "int".
       exponent_bits: width of the exponent field; 0 for integers.
       mantissa_bits: stored bits, without the implicit leading one; for integers all bits but the sign.
-      bias: exponent field minus exponent; 1 - mantissa_bits makes the step of an integer format 1.
+      bias: exponent field minus exponent; 1 - mantissa_bits makes the step of an integer format 1, and every one
+        more is a binary digit after the point.
       specials: which codes are infinities, NaNs or unused, see `SPECIALS`.
       dtype: the NumPy dtype that stores it, None where there is none.
       source: where the format is defined.
@@ -78,7 +83,17 @@ class Format:
     @property
     def bits(self) -> int:
         """Returns the bits that carry information: sign, exponent and mantissa."""
-        return 1 + self.exponent_bits + self.mantissa_bits
+        return int(self.signed) + self.exponent_bits + self.mantissa_bits
+
+    @property
+    def signed(self) -> bool:
+        """Returns whether there is a sign bit."""
+        return self.specials not in ("unsigned", "fnu")
+
+    @property
+    def has_zero(self) -> bool:
+        """Returns whether zero is a value."""
+        return self.specials != "fnu"
 
     @property
     def storage_bits(self) -> int:
@@ -87,12 +102,12 @@ class Format:
 
     @property
     def min_exponent(self) -> int:
-        """Returns the exponent of the smallest normal number."""
-        return 1 - self.bias
+        """Returns the exponent of the smallest normal number (for integers, see `step`)."""
+        return int(self.has_zero) - self.bias
 
     @property
     def step(self) -> Fraction:
-        """Returns the spacing of the values around zero, exactly."""
+        """Returns the spacing of the values around zero, exactly; the smallest value where there is no zero."""
         return power_of_two(self.min_exponent - self.mantissa_bits)
 
     @property
@@ -101,7 +116,7 @@ class Format:
         top = 1 << (self.exponent_bits + self.mantissa_bits)
         if self.specials == "ieee":
             return top - (1 << self.mantissa_bits) - 1
-        return top - 2 if self.specials in ("fn", "p3109") else top - 1
+        return top - 2 if self.specials in ("fn", "p3109", "fnu") else top - 1
 
     @property
     def inf_code(self) -> int | None:
@@ -113,7 +128,7 @@ class Format:
         """Returns the code of the (quiet, positive) NaN; None where there is none."""
         if not self.has_nan:
             return None
-        if not self.has_negative_zero:
+        if self.specials in ("fnuz", "p3109"):
             return 1 << (self.bits - 1)
         quiet_bit = (1 << self.mantissa_bits) >> 1 if self.specials == "ieee" else 0
         return self.max_code + 1 + quiet_bit
@@ -121,14 +136,28 @@ class Format:
     def magnitude(self, code: int) -> Fraction:
         """Returns the exact value of the non-negative finite `code` (sign bit clear)."""
         exponent_field, mantissa = divmod(code, 1 << self.mantissa_bits)
+        if not self.has_zero:
+            exponent_field += 1
         if exponent_field == 0:
             return mantissa * self.step
         return ((1 << self.mantissa_bits) + mantissa) * power_of_two(exponent_field - 1) * self.step
 
     @property
     def max(self) -> float:
-        """Returns the largest finite value; the smallest is its negative."""
+        """Returns the largest finite value."""
         return float(self.magnitude(self.max_code))
+
+    @property
+    def min(self) -> float:
+        """Returns the smallest (most negative) finite value."""
+        return float(self.lowest)
+
+    @property
+    def lowest(self) -> Fraction:
+        """Returns `min` exactly."""
+        if not self.signed:
+            return self.magnitude(0)
+        return -self.magnitude(self.max_code) - (self.step if self.specials == "full" else 0)
 
     @property
     def min_normal(self) -> float:
@@ -148,7 +177,7 @@ class Format:
     @property
     def digits(self) -> float:
         """Returns the precision in decimal digits."""
-        return (self.mantissa_bits + 1) * math.log10(2)
+        return (self.bits if self.kind == "int" else self.mantissa_bits + 1) * math.log10(2)
 
     @property
     def has_inf(self) -> bool:
@@ -158,7 +187,7 @@ class Format:
     @property
     def has_nan(self) -> bool:
         """Returns whether some code is NaN (an IEEE-like format without mantissa bits has no room for one)."""
-        return self.specials in ("fn", "fnuz", "p3109") or (self.specials == "ieee" and self.mantissa_bits > 0)
+        return self.specials in ("fn", "fnuz", "p3109", "fnu") or (self.specials == "ieee" and self.mantissa_bits > 0)
 
     @property
     def has_negative_zero(self) -> bool:
@@ -185,9 +214,9 @@ class Format:
         Raises:
           ValueError: an option the format cannot honour, or a format the container cannot represent.
         """
-        from precision_lab.formats.params import make_params
+        from precision_lab.formats.params import traceable_params
 
-        return make_params(self, overflow=overflow, subnormals=subnormals, container=container)
+        return traceable_params(self, overflow=overflow, subnormals=subnormals, container=container)
 
     def grid(self) -> np.ndarray:
         """Returns every finite value in ascending order as float64, zero once; for formats up to 16 bits."""
@@ -195,14 +224,14 @@ class Format:
 
         return grid(self)
 
-    def encode(self, x: Any, *, rounding: str = "nearest_even", overflow: str | None = None) -> np.ndarray:
+    def encode(self, x: Any, *, rounding: str = "nearest_even", overflow: str | None = None, **options: Any) -> Any:
         """Returns the codes of `x` after rounding; see `precision_lab.formats.codes.encode`."""
         from precision_lab.formats.codes import encode
 
-        return encode(x, self, rounding=rounding, overflow=overflow)
+        return encode(x, self, rounding=rounding, overflow=overflow, **options)
 
-    def decode(self, codes: Any) -> np.ndarray:
-        """Returns the values of `codes` as float64; see `precision_lab.formats.codes.decode`."""
+    def decode(self, codes: Any) -> Any:
+        """Returns the values of `codes`; see `precision_lab.formats.codes.decode`."""
         from precision_lab.formats.codes import decode
 
         return decode(codes, self)
@@ -211,12 +240,17 @@ class Format:
 def _problem(fmt: Format) -> str | None:
     """Returns what makes the fields of `fmt` contradictory, or None."""
     if fmt.kind == "int":
-        if fmt.exponent_bits or fmt.specials != "narrow":
-            return "integers have no exponent bits, and their specials are 'narrow'"
-        return None if 1 <= fmt.mantissa_bits <= 52 else f"mantissa_bits must be 1 to 52, got {fmt.mantissa_bits}"
-    if fmt.specials not in SPECIALS or fmt.specials == "narrow":
-        floats = ", ".join(name for name in SPECIALS if name != "narrow")
+        if fmt.exponent_bits or fmt.specials not in INTEGERS:
+            return f"integers have no exponent bits, and their specials are {', '.join(map(repr, INTEGERS))}"
+        if not 1 <= fmt.mantissa_bits <= 52:
+            return f"mantissa_bits must be 1 to 52, got {fmt.mantissa_bits}"
+        fraction_bits = fmt.bias + fmt.mantissa_bits - 1
+        return None if -900 <= fraction_bits <= 900 else f"bias {fmt.bias} puts values outside the range of float64"
+    if fmt.specials not in SPECIALS or fmt.specials in INTEGERS:
+        floats = ", ".join(name for name in SPECIALS if name not in INTEGERS)
         return f"specials of a float must be one of {floats}, got {fmt.specials!r}"
+    if fmt.specials == "fnu" and fmt.mantissa_bits:
+        return "a format without zero has no mantissa bits here"
     smallest = 2 if fmt.specials == "ieee" else 1
     if not smallest <= fmt.exponent_bits <= 11 or not 0 <= fmt.mantissa_bits <= 52:
         return f"a float has {smallest} to 11 exponent bits and 0 to 52 mantissa bits"

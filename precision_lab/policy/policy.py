@@ -175,11 +175,18 @@ def default_accum(compute: Format) -> Format:
 
 def _require_storable(key: str, fmt: Format) -> None:
     """Raises unless arrays of `fmt` exist as a floating dtype."""
+    _require_sign_and_zero(key, fmt)
     if fmt.kind != "float" or fmt.dtype is None:
         reason = "it has no array dtype" if fmt.dtype is None else "integers need a scale, which no cast has"
         raise ValueError(
             f"{key}={fmt.name} cannot store floating tensors: {reason}. Choose float32, bfloat16, float16..."
         )
+
+
+def _require_sign_and_zero(key: str, fmt: Format) -> None:
+    """Raises for formats of scales, in which no tensor survives a cast."""
+    if fmt.kind == "float" and not (fmt.signed and fmt.has_zero):
+        raise ValueError(f"{key}={fmt.name} has no sign or no zero: it is a format for scales, not for tensors.")
 
 
 def _require_products(compute: Format, accum: Format, *, where: str) -> None:
@@ -188,6 +195,7 @@ def _require_products(compute: Format, accum: Format, *, where: str) -> None:
         raise ValueError(
             f"compute={compute.name}{where} is not a floating format; a cast has no scale to give integers."
         )
+    _require_sign_and_zero("compute", compute)
     if accum != default_accum(compute):
         raise ValueError(
             f"accum={accum.name}{where} is not available with compute={compute.name}: these products accumulate in "

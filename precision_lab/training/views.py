@@ -98,7 +98,8 @@ class LinesView:
 
     def end(self, clock: Clock, status: str, finished: int, total_runs: int) -> None:
         """Writes how the run ended."""
-        loss = "" if math.isnan(clock.loss) else f", loss {clock.loss:.4g}"
+        # A run that diverged shows its NaN; one that was interrupted before its first row has no loss yet.
+        loss = "" if math.isnan(clock.loss) and status != "diverged" else f", loss {clock.loss:.4g}"
         self._write(f"[{finished}/{total_runs}] {clock.label}: {status}{loss}, {_duration(clock.elapsed_s())}")
 
     def close(self) -> None:

@@ -33,7 +33,7 @@ def test_formats_lists_the_whole_catalogue(run):
     text = run("formats")
     rows = data(run("formats", "--json"))
 
-    assert [row["name"] for row in rows] == list(formats.FORMATS)
+    assert [row["name"] for row in rows] == [*formats.FORMATS, *formats.REGISTERED]
     assert all(name in text.output for name in formats.FORMATS)
     assert text.exit_code == 0
 
@@ -48,6 +48,30 @@ def test_formats_shows_one_format_with_its_source(run, name):
     assert fmt.source[:30] in shown.output
     assert (row["max"], row["min_subnormal"], row["source"]) == (fmt.max, fmt.min_subnormal, fmt.source)
     assert ("values, to scale" in shown.output) == (fmt.bits <= 8)
+
+
+@pytest.mark.parametrize("name", ["fixed8.4", "uint3", "int5:full", "e5m3", "p3109_k8p2"])
+def test_formats_shows_formats_outside_the_catalogue(run, name):
+    shown, row = run("formats", name), data(run("formats", name, "--json"))
+
+    assert shown.exit_code == 0
+    assert (row["name"], row["min"], row["max"]) == (name, formats.format(name).min, formats.format(name).max)
+
+
+def test_formats_shows_registered_formats(run):
+    assert {"nf4", "mxfp4", "nvfp4"} <= set(formats.REGISTERED)
+    for name, fmt in formats.REGISTERED.items():
+        assert data(run("formats", name, "--json"))["source"] == fmt.source
+        assert run("formats", name).exit_code == 0
+
+
+def test_bits_honours_subnormals_and_formats_without_sign(run):
+    flushed = data(run("bits", "1e-3", "--format", "e4m3fn", "--subnormals", "flush", "--json"))
+    scale = data(run("bits", "3", "--format", "e8m0fnu", "--rounding", "nearest_away", "--json"))
+
+    assert (flushed["value"], flushed["category"]) == (0, "zero")
+    assert (scale["sign"], scale["exponent"], scale["value"]) == ("", f"{127 + 2:08b}", 4)
+    assert (scale["below"], scale["above"]) == (2, 8)
 
 
 def test_bits_shows_fields_and_neighbours(run):
@@ -78,6 +102,21 @@ def test_memory_of_70_billion_parameters(run):
     assert values == {"float32": 280, "bfloat16": 140, "float16": 140, "float8_e4m3fn": 70, "int8": 70, "int4": 35}
     assert (totals["float32"], totals["int4"]) == (280, 43.75)
     assert "43.75" in run("memory", "--params", "70B").output
+
+
+def test_memory_of_formats_with_scales_of_their_own(run):
+    """A byte per 32 values is 70 / 32 GB; 16 x 16 tiles have one per 256; 5 trits a byte are 14 GB."""
+    names = ["mxfp4", "nvfp4", "nvfp4_2d", "nf4", "ternary"]
+    rows = data(run("memory", "-n", "70B", *(f"--format={name}" for name in names), "--group", "64", "--json"))
+
+    found = {row["format"]: (row["values_gb"], row["scales"], row["total_gb"]) for row in rows["weights"]}
+    assert found["mxfp4"] == (35, "float8_e8m0fnu per 32", 35 + 70 / 32)
+    assert found["nvfp4"] == (35, "float8_e4m3fn per 16", 35 + 70 / 16 + 4e-9)
+    assert found["nvfp4_2d"] == (35, "float8_e4m3fn per 16x16", pytest.approx(35 + 70 / 256, abs=1e-8))
+    assert found["nf4"] == (35, "float32 per 64", 35 + 4 * 70 / 64)
+    assert found["ternary"] == (14, "float32 per 64", 14 + 4 * 70 / 64)
+    assert [row["bits_per_parameter"] for row in rows["weights"]] == [4, 4, 4, 4, 1.6]
+    assert run("memory", "-n", "70B", "--format", "mxfp4").exit_code == 0
 
 
 def test_memory_of_training_follows_the_policy(run):

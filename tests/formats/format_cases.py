@@ -5,13 +5,29 @@ import numpy as np
 
 from precision_lab import formats
 
+DETERMINISTIC = [name for name in formats.ROUNDINGS if name != "stochastic"]
 ALL = list(formats.FORMATS.values())
 GENERIC = [
-    formats.format(spec) for spec in ("e5m3", "e3m0:finite", "e5m3:bias=12,finite", "e4m0", "e6m9:fn", "int3", "int11")
+    formats.format(spec)
+    for spec in (
+        "e5m3",
+        "e3m0:finite",
+        "e5m3:bias=12,finite",
+        "e4m0",
+        "e6m9:fn",
+        "int3",
+        "int11",
+        "fixed8.4",
+        "ufixed6.3",
+        "fixed9.2:narrow",
+    )
 ]
 # What fits a table of codes, and what a float32 array can be rounded to (every one but float64 changes values there).
 CODED = [fmt for fmt in ALL + GENERIC if fmt.bits <= 16]
-NARROWER_THAN_FLOAT32 = [fmt for fmt in ALL + GENERIC if fmt.name not in ("float64", "float32")]
+ROUNDABLE = [fmt for fmt in ALL + GENERIC if fmt.name not in ("float64", "float32")]
+NARROWER_THAN_FLOAT32 = [fmt for fmt in ROUNDABLE if fmt.has_zero]
+SIGNED = [fmt for fmt in NARROWER_THAN_FLOAT32 if fmt.signed]
+SYMMETRIC = [fmt for fmt in SIGNED if fmt.min == -fmt.max]
 ML_DTYPES_FLOATS = [fmt for fmt in CODED if fmt.kind == "float" and fmt.dtype is not None]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from precision_lab import formats
-from precision_lab.formats import FORMATS, Format
+from precision_lab.formats import FORMATS, Format, catalogue
 from tests.formats.format_cases import ALL, CODED
 
 by_name = pytest.mark.parametrize("fmt", ALL, ids=str)
@@ -35,11 +35,13 @@ def _specials_of(dtype) -> tuple[bool, bool]:
     return bool(np.isinf(kept[0])), bool(np.isnan(kept[1]))
 
 
-@pytest.mark.parametrize("fmt", [f for f in ALL if f.kind == "int"], ids=str)
-def test_integers_are_symmetric_within_their_dtype(fmt):
+@pytest.mark.parametrize("fmt", [f for f in ALL if f.kind == "int" and f.dtype], ids=str)
+def test_integers_have_the_range_of_their_dtype_symmetric_unless_full(fmt):
     info = ml_dtypes.iinfo(fmt.dtype)
 
-    assert fmt.max == info.max == -(info.min + 1)
+    assert fmt.max == info.max
+    assert fmt.min == info.min + (fmt.specials == "narrow")
+    assert fmt.bits == info.bits
     assert fmt.eps == fmt.min_normal == fmt.min_subnormal == 1
     assert (fmt.has_inf, fmt.has_nan, fmt.has_negative_zero) == (False, False, False)
 
@@ -50,8 +52,11 @@ def test_facts_equal_those_of_the_enumerated_grid(fmt):
     positive = grid[grid > 0]
 
     assert (np.diff(grid) > 0).all()
-    np.testing.assert_array_equal(grid, -grid[::-1])
-    assert positive[-1] == fmt.max
+    assert (grid[0], positive[-1]) == (fmt.min, fmt.max)
+    assert {fmt.has_zero} == {bool((grid == 0).any())}
+    if fmt.signed:
+        negative = grid[grid < 0][fmt.specials == "full" :]
+        np.testing.assert_array_equal(positive, -negative[::-1])
     assert positive[0] == fmt.min_subnormal
     if fmt.kind == "float":
         assert positive[positive > 1][0] - 1 == fmt.eps
@@ -103,14 +108,34 @@ def test_every_format_has_a_source_and_is_found_by_its_own_name(fmt):
         ("e4m3:fn", "float8_e4m3fn"), ("e4m3:fnuz,bias=11", "float8_e4m3b11fnuz"), ("e2m1:finite", "float4_e2m1fn"),
         ("e5m2:p3109", "p3109_k8p3"), (jnp.bfloat16, "bfloat16"), (jnp.float32, "float32"), (np.float16, "float16"),
         (np.dtype("float64"), "float64"), (ml_dtypes.float8_e4m3fn, "float8_e4m3fn"), (np.int8, "int8"),
-        (jnp.int4, "int4"), (jnp.zeros(2, jnp.bfloat16).dtype, "bfloat16"),
+        (jnp.int4, "int4"), ("u4", "uint4"), (np.uint8, "uint8"), (jnp.uint2, "uint2"), ("e8m0:fnu", "float8_e8m0fnu"),
+        ("e8m0fnu", "float8_e8m0fnu"), (jnp.float8_e8m0fnu, "float8_e8m0fnu"), ("INT8:full", "int8:full"),
+        ("int8:narrow", "int8"), (jnp.zeros(2, jnp.bfloat16).dtype, "bfloat16"),
     ],
 )  # fmt: skip
 def test_other_spellings_name_the_same_format(spec, name):
     assert formats.format(spec) is FORMATS[name]
 
 
-@pytest.mark.parametrize("spec", ["e5m3", "e5m3:bias=12,finite", "e3m0:finite", "e6m9:fn", "int3", "e4m3:bias=-2"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "e5m3",
+        "e5m3:bias=12,finite",
+        "e3m0:finite",
+        "e6m9:fn",
+        "int3",
+        "e4m3:bias=-2",
+        "int5:full",
+        "uint12",
+        "fixed8.4",
+        "fixed16.0",
+        "ufixed6.3",
+        "fixed8.12:narrow",
+        "p3109_k8p1",
+        "p3109_k12p7",
+    ],
+)
 def test_generic_formats_are_found_by_their_own_name(spec):
     fmt = formats.format(spec)
 
@@ -118,6 +143,34 @@ def test_generic_formats_are_found_by_their_own_name(spec):
     assert formats.format(fmt.name) == fmt
     assert fmt == pickle.loads(pickle.dumps(fmt))
     assert len({fmt, formats.format(spec)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "largest", "step"),
+    [
+        ("fixed8.4", -8, 7.9375, 1 / 16),
+        ("fixed8.4:narrow", -7.9375, 7.9375, 1 / 16),
+        ("ufixed8.4", 0, 15.9375, 1 / 16),
+        ("fixed8.6", -2, 127 / 64, 1 / 64),
+        ("fixed4.6", -8 / 64, 7 / 64, 1 / 64),
+        ("int3:full", -4, 3, 1),
+        ("uint3", 0, 7, 1),
+    ],
+)
+def test_integers_and_fixed_point_by_hand(name, least, largest, step):
+    """Gupta et al., section 3: IL integer and FL fraction bits reach from -2**(IL-1) to 2**(IL-1) - 2**-FL."""
+    fmt = formats.format(name)
+
+    assert (fmt.min, fmt.max, fmt.eps, fmt.min_subnormal) == (least, largest, step, step)
+    np.testing.assert_array_equal(fmt.grid(), np.arange(least, largest + step, step))
+
+
+def test_the_scale_format_has_the_powers_of_two_and_nan():
+    """OCP MX 1.0, section 5.4.1: bias 127, no zero, no sign, no infinity, 0xFF is NaN."""
+    fmt = FORMATS["float8_e8m0fnu"]
+
+    assert (fmt.bits, fmt.signed, fmt.has_zero, fmt.nan_code) == (8, False, False, 0xFF)
+    assert fmt.grid().tolist() == [float.fromhex(f"0x1p{code - 127}") for code in range(255)]
 
 
 def test_generic_format_follows_the_ieee_pattern():
@@ -144,7 +197,12 @@ def test_generic_format_follows_the_ieee_pattern():
         ("e12m3", "exponent bits"),
         ("e5m60", "0 to 52 mantissa bits"),
         ("e8m7:bias=-999", "outside the range of float64"),
-        (np.uint8, "no format is stored as dtype 'uint8'"),
+        (np.uint32, "no format is stored as dtype 'uint32'"),
+        ("uint8:full", "unknown format 'uint8:full'"),
+        ("fixed17.2", "unknown format 'fixed17.2'"),
+        ("fixed8", "unknown format 'fixed8'"),
+        ("p3109_k8p8", "Nearest: 'p3109_k8p"),
+        ("e8m1:fnu", "no mantissa bits"),
     ],
 )
 def test_unknown_or_impossible_formats_are_refused_with_the_way_out(spec, message):
@@ -170,3 +228,28 @@ def test_formats_do_not_import_jax():
         "assert 'jax' not in sys.modules, 'jax was imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+class _Ternary:
+    """A registered format: any hashable object with a name and a kind."""
+
+    name, kind = "test_ternary", "codebook"
+
+    def __str__(self):
+        return self.name
+
+
+def test_registered_formats_are_found_by_name_alias_and_themselves(monkeypatch):
+    for store in ("_registered", "_registered_aliases"):
+        monkeypatch.setattr(catalogue, store, dict(getattr(catalogue, store)))
+    monkeypatch.setattr(catalogue, "_finders", [])
+    added = _Ternary()
+    formats.register(added, "t3")
+    formats.register_finder(lambda name: added if name.startswith("t3:") else None)
+
+    assert formats.format("test_ternary") is formats.format("T3") is formats.format(added) is added
+    assert formats.format("t3:anything") is added
+    with pytest.raises(ValueError, match="Nearest: 'test_ternary'"):
+        formats.format("test_ternry")
+    with pytest.raises(ValueError, match=r"'bf16' is taken by .*bfloat16"):
+        formats.register(added, "bf16")

@@ -3,6 +3,7 @@
 import math
 from fractions import Fraction
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from precision_lab import formats
 from precision_lab.formats import oracle
-from tests.formats.format_cases import ALL, CODED, ML_DTYPES_FLOATS, assert_same_numbers, hard_float32
+from tests.formats.format_cases import ALL, CODED, DETERMINISTIC, ML_DTYPES_FLOATS, assert_same_numbers, hard_float32
 
 by_format = pytest.mark.parametrize("fmt", CODED, ids=str)
 
@@ -18,7 +19,7 @@ by_format = pytest.mark.parametrize("fmt", CODED, ids=str)
 def every_code(fmt: formats.Format) -> np.ndarray:
     """Returns all codes that stand for something."""
     codes = np.arange(1 << fmt.bits)
-    return np.delete(codes, 1 << fmt.mantissa_bits) if fmt.kind == "int" else codes
+    return np.delete(codes, 1 << fmt.mantissa_bits) if fmt.specials == "narrow" else codes
 
 
 @by_format
@@ -51,8 +52,21 @@ def test_integer_codes_are_twos_complement(name):
     np.testing.assert_array_equal(fmt.decode(fmt.grid().astype(fmt.dtype)), fmt.grid())
 
 
-@pytest.mark.parametrize("rounding", formats.ROUNDINGS)
-@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "p3109_k8p4", "float16", "int4", "e3m0:finite"])
+@pytest.mark.parametrize("rounding", DETERMINISTIC)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "float8_e4m3fn",
+        "float8_e5m2",
+        "p3109_k8p4",
+        "float16",
+        "int4",
+        "e3m0:finite",
+        "uint4",
+        "fixed8.4",
+        "float8_e8m0fnu",
+    ],
+)
 def test_encode_rounds_as_the_oracle_does(name, rounding):
     fmt = formats.format(name)
     x = hard_float32(fmt)
@@ -71,6 +85,51 @@ def test_encode_takes_every_real_dtype_and_shape():
     assert fmt.encode(jnp.ones(2, jnp.bfloat16)).tolist() == [0x3F80, 0x3F80]
     assert formats.format("int4").encode(np.array([3, -3], ml_dtypes.int4)).tolist() == [3, 13]
     assert fmt.encode(np.zeros((0, 3))).shape == (0, 3)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@by_format
+def test_codes_inside_jax_are_those_of_numpy(fmt, dtype):
+    x = jnp.asarray(hard_float32(fmt, 1024)).astype(dtype)
+    x = x[~jnp.isnan(x)]
+
+    codes = jax.jit(lambda x: fmt.encode(x, overflow="saturate"))(x)
+    values = jax.jit(fmt.decode)(codes)
+
+    np.testing.assert_array_equal(codes, fmt.encode(np.asarray(x), overflow="saturate"))
+    assert_same_numbers(values, fmt.decode(np.asarray(codes)))
+
+
+@by_format
+def test_every_code_survives_the_round_trip_inside_jax(fmt):
+    codes = jnp.asarray(every_code(fmt))
+
+    values = fmt.decode(codes)
+    back = jax.jit(fmt.encode)(values)
+
+    assert_same_numbers(values, fmt.decode(every_code(fmt)))
+    valid = ~np.isnan(values)
+    np.testing.assert_array_equal(np.asarray(back)[valid], every_code(fmt)[valid])
+    assert back.dtype == (jnp.uint8 if fmt.bits <= 8 else jnp.uint16)
+
+
+def test_jax_arrays_of_the_formats_own_dtype_are_decoded():
+    e4m3fn, int8 = formats.format("e4m3fn"), formats.format("int8")
+
+    assert e4m3fn.decode(jnp.array([1.5, -2], jnp.float8_e4m3fn)).tolist() == [1.5, -2]
+    assert int8.decode(jnp.array([-3, 127], jnp.int8)).tolist() == [-3, 127]
+    assert formats.format("uint4").decode(jnp.array([3, 15], jnp.uint8)).tolist() == [3, 15]
+
+
+def test_what_is_no_code_is_nan_inside_jax_where_nothing_can_be_raised():
+    assert np.isnan(formats.format("int4").decode(jnp.array([8, 16, -1]))).all()
+    assert formats.format("float4_e2m1fn").encode(jnp.float32([np.nan, 1])).tolist() == [0, 2]
+    with pytest.raises(TypeError, match="codes of int4 are integers, got float32"):
+        formats.format("int4").decode(jnp.ones(2))
+    with pytest.raises(ValueError, match="encode takes key for JAX arrays only, got list"):
+        formats.format("int4").encode([1.0], key=0)
+    with pytest.raises(ValueError, match="e11m4 need float64"):
+        formats.format("e11m4").decode(jnp.array([1]))
 
 
 def test_encode_rounds_float64_only_once():

@@ -1,5 +1,6 @@
 """Memory arithmetic: round figures everyone knows, and the papers' own."""
 
+import numpy as np
 import pytest
 
 from precision_lab.formats.memory import OPTIMIZER_SLOTS, parse_count, storage, training_memory
@@ -29,6 +30,40 @@ def test_ragged_groups_and_odd_nibbles_are_rounded_up():
     stored = storage(33, "int4", group=32, scale_format="float16")
 
     assert (stored.value_bytes, stored.scale_bytes) == (17, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "value_bytes", "scale_bytes"),
+    [
+        ("mxfp4", 320, 160, 10),
+        ("mxfp4", 33, 17, 2),
+        ("mxfp6", 32, 24, 1),
+        ("mxint8@64", 65, 65, 2),
+        ("nvfp4", 32, 16, 2 + 4),
+        ("nvfp4_2d", 512, 256, 2 + 4),
+        ("nvfp4_2d", 257, 129, 2 + 4),
+        ("ternary", 11, 3, 0),
+        ("binary", 9, 2, 0),
+        ("nf4", 3, 2, 0),
+    ],
+)
+def test_blocks_and_codebooks_take_what_they_store(name, count, value_bytes, scale_bytes):
+    stored = storage(count, name)
+
+    assert (stored.value_bytes, stored.scale_bytes) == (value_bytes, scale_bytes)
+    assert training_memory(count, params=name, optimizer="sgd").parameters == value_bytes + scale_bytes
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp6", "nvfp4", "bfp5@7", "ternary", "nf4", "int3", "int4"])
+def test_the_bytes_accounted_are_the_bytes_stored(name):
+    from precision_lab.formats import encode_blocks, format, pack_array
+    from precision_lab.formats.storage import block_bytes
+
+    for count in (1, 31, 32, 33, 999):
+        x = np.linspace(-1, 1, count, dtype=np.float32)
+        blocks = format(name).kind == "block"
+        stored = block_bytes(encode_blocks(x, name)) if blocks else pack_array(x, name).nbytes
+        assert stored == storage(count, name).total_bytes
 
 
 def test_adam_with_float16_and_a_float32_master_takes_16_bytes_per_parameter():
@@ -79,6 +114,10 @@ def test_bad_arguments_are_refused():
         storage(0, "int4")
     with pytest.raises(ValueError, match="group must be at least 1, got 0"):
         storage(8, "int4", group=0)
+    with pytest.raises(ValueError, match="group=64: mxfp4 has scales of its own"):
+        storage(8, "mxfp4", group=64)
+    with pytest.raises(ValueError, match="scale_format='mxfp4': scales are floats"):
+        storage(8, "int4", group=64, scale_format="mxfp4")
     with pytest.raises(ValueError, match=f"optimizer must be one of {', '.join(OPTIMIZER_SLOTS)}, got 'adamw'"):
         training_memory(8, optimizer="adamw")
     with pytest.raises(ValueError, match="unknown format 'int44'"):

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from precision_lab import formats
 from precision_lab.formats import oracle
-from tests.formats.format_cases import CODED, assert_same_numbers
+from tests.formats.format_cases import CODED, DETERMINISTIC, assert_same_numbers
 
 SEARCHED = [fmt for fmt in CODED if fmt.bits <= 8]
 
@@ -36,7 +35,7 @@ def searched(value: Fraction, values: list[Fraction], rounding: str) -> Fraction
     return -result if value < 0 else result
 
 
-@pytest.mark.parametrize("rounding", formats.ROUNDINGS)
+@pytest.mark.parametrize("rounding", DETERMINISTIC)
 @pytest.mark.parametrize("fmt", SEARCHED, ids=str)
 def test_oracle_agrees_with_a_search_of_the_grid(fmt, rounding):
     points = [fmt.magnitude(code) for code in range(fmt.max_code + 1)]
@@ -47,7 +46,7 @@ def test_oracle_agrees_with_a_search_of_the_grid(fmt, rounding):
     ]
 
     for value in [*points, *between]:
-        for signed in (value, -value):
+        for signed in (value, -value) if fmt.signed else (value,):
             assert oracle.round_number(signed, fmt, rounding=rounding) == searched(signed, points, rounding)
 
 
@@ -78,7 +77,7 @@ def test_oracle_keeps_shapes_and_takes_fractions_that_are_no_floats():
 def test_oracle_refuses_what_round_to_refuses():
     with pytest.raises(ValueError, match="rounding must be one of"):
         oracle.round_to(1.0, "bf16", rounding="nearest")
-    with pytest.raises(ValueError, match="subnormals must be 'keep'"):
-        oracle.round_to(1.0, "bf16", subnormals="flush")
+    with pytest.raises(ValueError, match="subnormals must be one of keep"):
+        oracle.round_to(1.0, "bf16", subnormals="drop")
     with pytest.raises(ValueError, match="has no infinity"):
         oracle.round_to(1.0, "e4m3fn", overflow="inf")

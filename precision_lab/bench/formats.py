@@ -1,0 +1,176 @@
+"""What rounding costs: our kernels and their peers against one copy of the array (`x * 1.0001`)."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from precision_lab.bench.interleaved import Timing, environment, time_interleaved
+from precision_lab.formats import format, round_to, stack_formats
+from precision_lab.formats.block_rounding import round_to_blocks
+from precision_lab.formats.codebook_rounding import round_to_codebook
+from precision_lab.formats.options import ROUNDINGS
+
+# The largest ratio to a copy that we allow ourselves, at a million elements on a CPU.
+TARGETS = {
+    "round_to e4m3fn": 1.3,
+    "round_to e4m3fn, traced": 2.5,
+    "mxfp8": 3.0,
+    "mxfp4": 3.0,
+    "mxint8": 3.0,
+    "nvfp4": 9.0,
+}
+PACKAGES = ("jax", "jaxlib", "numpy", "ml_dtypes", "gfloat", "pychop", "torch", "torchao", "qtorch")
+
+Calls = dict[str, Callable[[], Any]]
+
+
+def candidates(count: int) -> Calls:
+    """Returns everything to be timed on `count` normal float32 numbers, the copy first; peers only where installed."""
+    x = np.random.default_rng(0).standard_normal((-(-count // 1024), 1024)).astype(np.float32)
+    return {**_ours(jnp.asarray(x)), **_xla(jnp.asarray(x)), **_peers(x)}
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+    """Returns a call of the compiled `function` that ends when its result is there."""
+    compiled = jax.jit(function)
+    return lambda: jax.block_until_ready(compiled(*arguments))
+
+
+def _ours(x: jax.Array) -> Calls:
+    """Returns the copy and our kernels."""
+    params, key = format("e4m3fn").params(), jax.random.key(0, impl="rbg")
+    stacked, index = stack_formats(["e4m3fn", "e5m2", "bf16", "f16"]), jnp.int32(list(ROUNDINGS).index("nearest_even"))
+    bits = jax.random.bits(key, x.shape, jnp.uint32)
+    calls = {
+        "copy": _call(lambda x: x * 1.0001, x),
+        "round_to e4m3fn": _call(lambda x: round_to(x, "e4m3fn"), x),
+        "round_to bfloat16": _call(lambda x: round_to(x, "bfloat16"), x),
+        "round_to int8": _call(lambda x: round_to(x, "int8"), x),
+        "round_to e4m3fn, up": _call(lambda x: round_to(x, "e4m3fn", rounding="up"), x),
+        "round_to e4m3fn, traced": _call(round_to, x, params),
+        "round_to e4m3fn, traced mode": _call(lambda x, p, i: round_to(x, p, rounding=i), x, params, index),
+        "round_to, four formats by vmap": _call(jax.vmap(round_to, in_axes=(None, 0)), x, stacked),
+        "round_to e4m3fn, stochastic, bits given": _call(
+            lambda x, bits: round_to(x, "e4m3fn", rounding="stochastic", bits=bits), x, bits
+        ),
+        "nf4": _call(lambda x: round_to_codebook(x, "nf4"), x),
+    }
+    for name in ("mxfp8", "mxfp4", "mxfp4:rceil", "mxint8", "nvfp4", "nvfp4_2d"):
+        calls[name] = _call(lambda x, name=name: round_to_blocks(x, name), x)
+    return calls
+
+
+def _xla(x: jax.Array) -> Calls:
+    """Returns what JAX has itself."""
+    calls = {"lax.reduce_precision(8, 7)": _call(lambda x: jax.lax.reduce_precision(x, 8, 7), x)}
+    for dtype in ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float4_e2m1fn"):
+        calls[f"astype {dtype} and back"] = _call(lambda x, d=dtype: x.astype(d).astype(jnp.float32), x)
+    return calls
+
+
+def _peers(x: np.ndarray) -> Calls:
+    """Returns the calls of those peers that are installed."""
+    calls: Calls = {}
+    for make in (_gfloat, _pychop, _torchao, _qtorch):
+        try:
+            calls |= make(x)
+        except ImportError:
+            continue
+    return calls
+
+
+def _gfloat(x: np.ndarray) -> Calls:
+    """Returns gfloat's rounding, on NumPy and compiled by JAX."""
+    gfloat, infos = importlib.import_module("gfloat"), importlib.import_module("gfloat.formats")
+    info, array = infos.format_info_ocp_e5m2, jnp.asarray(x)
+    return {
+        "gfloat e5m2, NumPy": lambda: gfloat.round_ndarray(info, x),
+        "gfloat e5m2, jit": _call(lambda x: gfloat.round_ndarray(info, x), array),
+    }
+
+
+def _pychop(x: np.ndarray) -> Calls:
+    """Returns pychop's rounding on JAX."""
+    pychop, array = importlib.import_module("pychop"), jnp.asarray(x)
+    pychop.backend("jax")
+    chop = pychop.Chop(exp_bits=5, sig_bits=2, rmode=1)
+    return {"pychop e5m2, JAX": lambda: jax.block_until_ready(chop(array))}
+
+
+def _torchao(x: np.ndarray) -> Calls:
+    """Returns torchao's MX quantization and dequantization, and torch's float8 round trip."""
+    torch = importlib.import_module("torch")
+    mx = importlib.import_module("torchao.prototype.mx_formats.mx_tensor")
+    tensor = torch.from_numpy(x)
+
+    def mxfp8() -> Any:
+        return mx.MXTensor.to_mx(tensor, torch.float8_e4m3fn, 32).dequantize(torch.float32)
+
+    return {"torchao mxfp8": mxfp8, "torch float8_e4m3fn and back": lambda: tensor.to(torch.float8_e4m3fn).float()}
+
+
+def _qtorch(x: np.ndarray) -> Calls:
+    """Returns QPyTorch's rounding."""
+    torch, quant = importlib.import_module("torch"), importlib.import_module("qtorch.quant")
+    tensor = torch.from_numpy(x)
+    return {"qtorch e5m2": lambda: quant.float_quantize(tensor, 5, 2, "nearest")}
+
+
+def run(*, count: int = 1_000_000, rounds: int = 60, budget_s: float = 1.0) -> dict[str, Any]:
+    """Returns the benchmark as JSON types: environment, size, and one row for each candidate."""
+    timings = time_interleaved(candidates(count), rounds=rounds, budget_s=budget_s)
+    return {
+        "benchmark": "formats",
+        "command": f"precision-lab bench formats --count {count} --rounds {rounds}",
+        "elements": -(-count // 1024) * 1024,
+        "rounds": rounds,
+        **environment(PACKAGES),
+        "rows": [_row(timing) for timing in timings],
+    }
+
+
+def _row(timing: Timing) -> dict[str, Any]:
+    """Returns one row, with its target and whether that is met."""
+    target = TARGETS.get(timing.name)
+    rounded = {key: value if isinstance(value, str) else float(f"{value:.4g}") for key, value in asdict(timing).items()}
+    return {**rounded, "target": target, "met": None if target is None else timing.ratio <= target}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Returns the benchmark as a Markdown page."""
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    lines = [
+        "# Rounding against one copy of the array",
+        "",
+        f"{result['elements']:,} float32 elements, medians of {result['rounds']} interleaved rounds.",
+        f"{result['device']}, {result['cores']} cores; Python {result['python']}, {versions}.",
+        f"Written by `{result['command']} --write DIRECTORY`.",
+        "",
+        "| what | copies | quartiles | ms | target |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in result["rows"]:
+        target = "" if row["target"] is None else f"<= {row['target']}{'' if row['met'] else ' (missed)'}"
+        quartiles = f"{row['low']:.2f} - {row['high']:.2f}"
+        lines.append(f"| {row['name']} | {row['ratio']:.2f} | {quartiles} | {1e3 * row['median_s']:.3f} | {target} |")
+    return "\n".join(lines) + "\n"
+
+
+def write(result: dict[str, Any], directory: Path) -> list[Path]:
+    """Writes the benchmark as formats-<device>.json and .md; returns the paths."""
+    words = "".join(each if each.isalnum() else " " for each in result["device"].lower()).split()
+    stem = f"formats-{'-'.join(words) or result['platform']}"
+    directory.mkdir(parents=True, exist_ok=True)
+    page, data = directory / f"{stem}.md", directory / f"{stem}.json"
+    page.write_text(markdown(result))
+    data.write_text(json.dumps(result, indent=2) + "\n")
+    return [data, page]

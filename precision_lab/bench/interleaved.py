@@ -1,0 +1,108 @@
+"""Interleaved timing: every candidate once a round, between two calls of the baseline, and the median of the ratios.
+
+On a shared machine times drift by more than the differences of interest; two calls a few milliseconds apart do not.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long one candidate took.
+
+    Attributes:
+      name: the candidate.
+      median_s: median seconds of a call.
+      ratio: median over rounds of its time over that of the baseline, called just before and after.
+      low: first quartile of that ratio.
+      high: third quartile of that ratio.
+    """
+
+    name: str
+    median_s: float
+    ratio: float
+    low: float
+    high: float
+
+
+def time_interleaved(candidates: Mapping[str, Callable[[], Any]], *, rounds: int, budget_s: float) -> list[Timing]:
+    """Returns the timings of candidates, the first of which is the baseline of all ratios.
+
+    Args:
+      candidates: functions without arguments that return when their work is done; each is called once beforehand.
+      rounds: calls of each candidate.
+      budget_s: seconds to spend on one candidate; slow ones are called in fewer rounds, at least three.
+
+    Raises:
+      ValueError: fewer than three rounds, which have no quartiles.
+    """
+    if rounds < 3:
+        raise ValueError(f"rounds must be at least 3, got {rounds}.")
+    allowed = {}
+    for name, call in candidates.items():
+        call()
+        allowed[name] = max(3, min(rounds, int(budget_s / max(_seconds(call), 1e-9))))
+    spent: dict[str, list[float]] = {name: [] for name in candidates}
+    ratios: dict[str, list[float]] = {name: [] for name in candidates}
+    baseline = next(iter(candidates.values()))
+    for number in range(rounds):
+        for name, call in candidates.items():
+            if number >= allowed[name]:
+                continue
+            baseline()  # so that the timed call finds caches as the candidate will
+            before, seconds, after = _seconds(baseline), _seconds(call), _seconds(baseline)
+            spent[name].append(seconds)
+            ratios[name].append(2 * seconds / (before + after))
+    return [_timing(name, spent[name], ratios[name]) for name in candidates]
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    """Returns how long one call takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _timing(name: str, spent: list[float], ratios: list[float]) -> Timing:
+    """Returns medians and quartiles."""
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return Timing(name, statistics.median(spent), middle, low, high)
+
+
+def environment(packages: tuple[str, ...]) -> dict[str, Any]:
+    """Returns what a timing depends on: device, cores, Python, and the versions of those packages that are there."""
+    import jax
+
+    device = jax.devices()[0]
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "platform": device.platform,
+        "device": _processor() if device.platform == "cpu" else device.device_kind,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    """Returns the name of the processor, as far as the system tells it."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
