@@ -217,7 +217,7 @@ def _closed(jaxpr: Jaxpr, consts: Sequence[Any]) -> Jaxpr:
     """Binds constants to a jaxpr."""
     if hasattr(jaxpr, "with_consts"):  # JAX 0.12
         return jaxpr.with_consts(consts) if consts else jaxpr
-    return jex.ClosedJaxpr(jaxpr, consts)
+    return jex.ClosedJaxpr(jaxpr, consts)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def bilinear_primitive(
