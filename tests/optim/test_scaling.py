@@ -432,9 +432,9 @@ def test_devices_skip_together_where_they_share_parameters():
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
 
     assert done.stdout.splitlines() == [
-        "[0.0, 0.0, 0.0, 0.0] [2.0, 2.0, 2.0, 2.0]",
-        "[-1.0, -1.0, 0.0, -1.0] [4.0, 4.0, 2.0, 4.0]",
-        "[0.0, 0.0, 0.0, 0.0] 2.0",
+        "[-0.0, -0.0, -0.0, -0.0] [2.0, 2.0, 2.0, 2.0]",
+        "[-1.0, -1.0, -0.0, -1.0] [4.0, 4.0, 2.0, 4.0]",
+        "[-0.0, -0.0, -0.0, -0.0] 2.0",
     ], done.stderr
 
 
