@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "formats": ("FORMATS", "Format", "format", "round_to", "stack_formats"),
+    "quant": ("QTensor", "Quantizer", "fake_quantize", "quantize", "quantizer"),
     "policy": ("PRESETS", "Policy"),
     "nn": ("apply_policy", "sites"),
     "optim": (
@@ -49,6 +50,11 @@ if TYPE_CHECKING:
     from precision_lab.optim import step_was_applied as step_was_applied
     from precision_lab.policy import PRESETS as PRESETS
     from precision_lab.policy import Policy as Policy
+    from precision_lab.quant import QTensor as QTensor
+    from precision_lab.quant import Quantizer as Quantizer
+    from precision_lab.quant import fake_quantize as fake_quantize
+    from precision_lab.quant import quantize as quantize
+    from precision_lab.quant import quantizer as quantizer
     from precision_lab.runner import load as load
     from precision_lab.runner import run as run
 

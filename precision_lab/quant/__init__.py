@@ -1,0 +1,47 @@
+"""Quantization of one array at a time: what a quantizer is, scales, fake and real quantization, gradients, observers.
+
+Quantizers are data and need no JAX; what works on arrays is loaded when first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from precision_lab.quant.granularity import Granularity, granularity
+from precision_lab.quant.options import CALIBRATIONS, ESTIMATORS, SCHEMES
+from precision_lab.quant.parsing import quantizer
+from precision_lab.quant.quantizer import Quantizer
+
+if TYPE_CHECKING:
+    from precision_lab.quant.fake import fake_quantize
+    from precision_lab.quant.numbers import QuantizerParams, quantizer_params, stack_quantizers
+    from precision_lab.quant.qtensor import QTensor, quantize
+
+# The modules that import JAX, and what they export here.
+_LAZY = {
+    "fake": ("fake_quantize",),
+    "numbers": ("QuantizerParams", "quantizer_params", "stack_quantizers"),
+    "qtensor": ("QTensor", "quantize"),
+}
+_HOME = {name: module for module, names in _LAZY.items() for name in names}
+
+__all__ = [
+    "CALIBRATIONS",
+    "ESTIMATORS",
+    "SCHEMES",
+    "Granularity",
+    "QTensor",
+    "Quantizer",
+    "QuantizerParams",
+    "fake_quantize",
+    "granularity",
+    "quantize",
+    "quantizer",
+    "quantizer_params",
+    "stack_quantizers",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,151 @@
+"""The one function behind fake and real quantization: an array to grid values, scales and zero points, and back.
+
+real = values * scale + offset, where values are codes less their zero point, or the values that codes stand for. Fake
+quantization multiplies at once; a QTensor stores the codes and does the same when it is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from precision_lab.formats import round_to, round_to_codebook
+from precision_lab.quant import calibration, double
+from precision_lab.quant.arithmetic import divide, multiply, ordered_mean, widen
+from precision_lab.quant.numbers import QuantizerParams
+from precision_lab.quant.options import DOUBLE
+from precision_lab.quant.quantizer import Quantizer
+from precision_lab.quant.scales import WIDE, Range, power_of_two_above, rounded_scale, scale_of, usable, zero_point_of
+from precision_lab.quant.tiles import Tiles
+
+
+class Given(NamedTuple):
+    """What a caller fixes instead of having it found in the array; scalars or of the shape of scales."""
+
+    scale: Any = None
+    zero_point: Any = None
+    offset: Any = None
+
+
+class Parts(NamedTuple):
+    """An array after rounding, float32.
+
+    Attributes:
+      values: on the grid, of the shape of the array split into tiles.
+      scale: of the shape of scales; NaN where a value is not finite; None if there is none.
+      zero_point: code of zero, of the shape of scales, or None.
+      offset: added to the products, of the shape of scales, or None.
+      doubled: the scales as they are stored, if they are quantized themselves.
+    """
+
+    values: Any
+    scale: Any
+    zero_point: Any = None
+    offset: Any = None
+    doubled: double.DoubleScales | None = None
+
+
+def quantize_parts(x: jax.Array, tiles: Tiles, given: Given, qz: Quantizer, n: QuantizerParams, key: Any) -> Parts:
+    """Returns an array quantized; anything but a block format."""
+    x = widen(x)
+    if not qz.is_scaled and qz.format.has_nan:
+        overflow = None if qz.format.has_inf else "saturate_finite"
+        return Parts(round_to(x, qz.format, rounding=qz.rounding, overflow=overflow, key=key), None)
+    whole = calibration.extent(x, tiles)
+    if qz.estimator == "dorefa":
+        return _dorefa(x, tiles, whole, qz, n, key)
+    found, scale, doubled = _scale(x, tiles, whole, given, qz, n)
+    zero_point = given.zero_point
+    if qz.has_zero_point:
+        zero_point = zero_point_of(found, scale, n) if zero_point is None else jnp.float32(zero_point)
+        zero_point = jnp.broadcast_to(zero_point, tiles.scale_shape)
+    offset = given.offset if given.offset is None else jnp.broadcast_to(jnp.float32(given.offset), tiles.scale_shape)
+    values = grid_values(_steps(x, tiles, scale, offset), _spread(tiles, zero_point), qz, n, key)
+    return Parts(values, _poisoned(scale, whole), zero_point, offset, doubled)
+
+
+def products(parts: Parts, tiles: Tiles) -> jax.Array:
+    """Returns what the parts stand for, float32, in the shape of the array."""
+    if parts.scale is None:
+        return parts.values
+    real = multiply(parts.values, tiles.spread(parts.scale))
+    return tiles.join(real if parts.offset is None else real + tiles.spread(parts.offset))
+
+
+def grid_values(v: jax.Array, zero_point: Any, qz: Quantizer, n: QuantizerParams, key: Any) -> jax.Array:
+    """Returns `v`, which is in units of the scale, rounded to the grid; codes less their zero point if there is one."""
+    if zero_point is not None:
+        within = jnp.clip(v, n.low - zero_point, n.high - zero_point)
+        return round_to(within, WIDE, rounding=qz.rounding, key=key)
+    if qz.format.kind == "codebook":
+        return round_to_codebook(v, qz.format)
+    if n.format is not None:
+        return round_to(v, n.format, rounding=qz.rounding, key=key)
+    return round_to(v, qz.code_format, rounding=qz.rounding, overflow="saturate", key=key)
+
+
+def _scale(
+    x: jax.Array, tiles: Tiles, whole: Range, given: Given, qz: Quantizer, n: QuantizerParams
+) -> tuple[Range, jax.Array, Any]:
+    """Returns the range found, the scale to divide by, and how that is stored if it is quantized itself."""
+    if given.scale is not None:
+        found, scale = whole, jnp.broadcast_to(jnp.float32(given.scale), tiles.scale_shape)
+    elif qz.calibration in ("absmean", "lsq"):
+        found, scale = whole, calibration.mean_scale(x, tiles, qz, n)
+        scale = power_of_two_above(scale) if qz.scheme == "pow2" else scale
+    else:
+        found = calibration.find_range(x, tiles, whole, qz, n, lambda each: _error(x, tiles, each, qz, n))
+        scale = scale_of(found, qz, n)
+    if qz.scale_format == DOUBLE:
+        doubled = double.encode_scales(_poisoned(scale, whole))
+        return found, usable(doubled.decode(), qz), doubled
+    return found, usable(rounded_scale(scale, qz), qz), None
+
+
+def _error(x: jax.Array, tiles: Tiles, found: Range, qz: Quantizer, n: QuantizerParams) -> jax.Array:
+    """Returns the mean squared error of each group if its range is `found`; of the nearest values, if drawn at random.
+
+    Scales that are quantized together are taken before that.
+    """
+    qz = replace(qz, rounding="nearest_even") if qz.rounding == "stochastic" else qz
+    scale = scale_of(found, qz, n)
+    scale = usable(scale if qz.scale_format == DOUBLE else rounded_scale(scale, qz), qz)
+    zero_point = zero_point_of(found, scale, n) if qz.has_zero_point else None
+    values = grid_values(_steps(x, tiles, scale, None), _spread(tiles, zero_point), qz, n, None)
+    error = products(Parts(values, scale), tiles) - x
+    return tiles.reduce(multiply(error, error), ordered_mean)
+
+
+def _steps(x: jax.Array, tiles: Tiles, scale: jax.Array, offset: Any) -> jax.Array:
+    """Returns an array in units of its scale, split into tiles."""
+    split = tiles.split(x)
+    return divide(split if offset is None else split - tiles.spread(offset), tiles.spread(scale))
+
+
+def _spread(tiles: Tiles, zero_point: Any) -> Any:
+    """Returns zero points with the rank of tiles, None if there are none."""
+    return None if zero_point is None else tiles.spread(zero_point)
+
+
+def _poisoned(scale: jax.Array, whole: Range) -> jax.Array:
+    """Returns the scale with NaN where the group holds a NaN or an infinity, so that no code hides it."""
+    return jnp.where(jnp.isfinite(whole.low) & jnp.isfinite(whole.high), scale, np.float32(np.nan))
+
+
+def _dorefa(x: jax.Array, tiles: Tiles, whole: Range, qz: Quantizer, n: QuantizerParams, key: Any) -> Parts:
+    """Returns weights as DoReFa quantizes them: 2 * code / (2**bits - 1) - 1, of tanh(x) over its largest magnitude.
+
+    Source: Zhou et al., "DoReFa-Net", 2016, arXiv:1606.06160, equation 9.
+    """
+    squashed = jnp.tanh(x)
+    amax = jnp.maximum(-jnp.tanh(whole.low), jnp.tanh(whole.high))
+    unit = multiply(divide(squashed, amax), jnp.float32(0.5)) + np.float32(0.5)
+    codes = grid_values(multiply(unit, n.high), None, qz, n, key)
+    empty = amax == 0
+    scale = jnp.where(empty, np.float32(0), divide(2, n.high))
+    offset = jnp.where(empty, np.float32(0), np.float32(-1))
+    return Parts(codes, _poisoned(scale, whole), None, offset)
