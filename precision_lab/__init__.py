@@ -13,7 +13,8 @@ _HOME = {
     "formats": ("FORMATS", "Format", "format", "round_to", "stack_formats"),
     "quant": ("QTensor", "Quantizer", "fake_quantize", "quantize", "quantizer"),
     "policy": ("PRESETS", "Policy"),
-    "nn": ("apply_policy", "sites"),
+    "rewrite": ("full_precision",),
+    "nn": ("apply_policy", "explain", "sites"),
     "optim": (
         "DynamicLossScale",
         "StaticLossScale",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from precision_lab.formats import stack_formats as stack_formats
     from precision_lab.models import register_model as register_model
     from precision_lab.nn import apply_policy as apply_policy
+    from precision_lab.nn import explain as explain
     from precision_lab.nn import sites as sites
     from precision_lab.optim import DynamicLossScale as DynamicLossScale
     from precision_lab.optim import StaticLossScale as StaticLossScale
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from precision_lab.quant import fake_quantize as fake_quantize
     from precision_lab.quant import quantize as quantize
     from precision_lab.quant import quantizer as quantizer
+    from precision_lab.rewrite import full_precision as full_precision
     from precision_lab.runner import load as load
     from precision_lab.runner import run as run
 

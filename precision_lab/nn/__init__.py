@@ -1,5 +1,5 @@
 """Flax-facing: models under a policy."""
 
-from precision_lab.nn.apply import apply_policy, sites
+from precision_lab.nn.apply import apply_policy, explain, sites
 
-__all__ = ["apply_policy", "sites"]
+__all__ = ["apply_policy", "explain", "sites"]

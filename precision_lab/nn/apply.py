@@ -66,16 +66,30 @@ def sites(target: Any, *args: Any, policy: Any = "float32", **kwargs: Any) -> Si
     Raises:
       ValueError: a rule matches no site.
     """
+    return _sites(target, policy, args, kwargs, everything=False)
+
+
+def explain(target: Any, *args: Any, policy: Any = "float32", **kwargs: Any) -> SiteTable:
+    """Returns what `policy` makes of every operation on floating arrays in `target`, products or not.
+
+    A dry run: nothing is executed. `op` in the settings is the category of the op table; an operation that is not in
+    it is listed with the reason why it runs as its author wrote it. Arguments and errors are those of `sites`.
+    """
+    return _sites(target, policy, args, kwargs, everything=True)
+
+
+def _sites(target: Any, policy: Any, args: Any, kwargs: Any, *, everything: bool) -> SiteTable:
+    """Returns the sites of a model or function."""
     policy = Policy.parse(policy)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the table says itself what was not reached
         if isinstance(target, nnx.Module):
-            return nnx_sites(target, policy, *args, **kwargs)
+            return nnx_sites(target, policy, args, kwargs, everything=everything)
         if isinstance(target, linen.Module):
-            return linen_sites(target, policy, *args, **kwargs)
+            return linen_sites(target, policy, args, kwargs, everything=everything)
         _require_function(target)
         params, *rest = args
-        return sites_of_function(target, policy, params, rest, kwargs)
+        return sites_of_function(target, policy, params, rest, kwargs, everything=everything)
 
 
 def _require_function(target: Any) -> None:

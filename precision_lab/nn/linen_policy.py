@@ -28,11 +28,13 @@ def linen_under_policy(module: linen.Module, policy: Policy) -> Any:
     return _as_class(module, _class_under_policy(_plain_class(type(module)), policy))
 
 
-def linen_sites(module: linen.Module, policy: Policy, variables: Any, *args: Any, **kwargs: Any) -> SiteTable:
-    """Returns the sites of `module.apply(variables, *args, **kwargs)` under `policy`."""
+def linen_sites(module: linen.Module, policy: Policy, args: Any, kwargs: Any, *, everything: bool) -> SiteTable:
+    """Returns the sites of `module.apply(*args, **kwargs)` under `policy`; see `sites_of_function`."""
+    variables, *others = args
     params, rest = _split(variables)
-    plain = _plain_class(type(module))
-    return sites_of_function(_apply(module), policy, params, [rest, args, kwargs], {}, root=plain.__name__)
+    root = _plain_class(type(module)).__name__
+    call_args = [rest, tuple(others), kwargs]
+    return sites_of_function(_apply(module), policy, params, call_args, {}, root=root, everything=everything)
 
 
 @functools.cache

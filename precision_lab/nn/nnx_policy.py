@@ -30,8 +30,8 @@ def nnx_under_policy(model: nnx.Module, policy: Policy) -> Any:
     return copy
 
 
-def nnx_sites(model: nnx.Module, policy: Policy, *args: Any, **kwargs: Any) -> SiteTable:
-    """Returns the sites of `model(*args, **kwargs)` under `policy`; arrays may be ShapeDtypeStructs."""
+def nnx_sites(model: nnx.Module, policy: Policy, args: Any, kwargs: Any, *, everything: bool) -> SiteTable:
+    """Returns the sites of `model(*args, **kwargs)` under `policy`; see `sites_of_function`."""
     copy = nnx.clone(model)
     plain = _plain_class(type(copy))
     _open_scopes(copy)
@@ -43,7 +43,7 @@ def nnx_sites(model: nnx.Module, policy: Policy, *args: Any, **kwargs: Any) -> S
         # NNX takes arrays apart, and structs for constants; so under a trace, where structs are arrays.
         args, kwargs = jax.tree.unflatten(tree, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
         pure = _pure(plain, copy, args, kwargs)
-        tables.append(sites_of_function(pure.fn, policy, pure.params, [pure.rest], {}))
+        tables.append(sites_of_function(pure.fn, policy, pure.params, [pure.rest], {}, everything=everything))
 
     jax.eval_shape(trace, structs)
     return tables[0]

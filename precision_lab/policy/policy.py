@@ -1,4 +1,4 @@
-"""`Policy`: the number format of parameters, products, accumulators and outputs, with rules by site.
+"""`Policy`: the number format of every tensor of a computation, with rules by site.
 
 A policy is data: frozen, hashable, equal when it means the same, and printed as the string it parses from. What it
 does to a computation is the business of `precision_lab.rewrite`.
@@ -9,53 +9,65 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from precision_lab import formats
 from precision_lab.formats import Format
 from precision_lab.policy.casting import cast_floating
 from precision_lab.policy.patterns import glob_matches
+from precision_lab.policy.treatment import (
+    FLOAT32,
+    SETTINGS,
+    Treatment,
+    check_treatment,
+    default_accum,
+    require_sign_and_zero,
+)
 
 if TYPE_CHECKING:
     import jmp
 
 Tree = TypeVar("Tree")
 
-FLOAT32 = formats.format("float32")
-FLOAT64 = formats.format("float64")
+OPS = ("products", "autocast")
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What differs at the sites that `pattern` matches; None leaves a setting as the policy has it.
+    """What differs at the sites that `pattern` matches.
 
     Attributes:
       pattern: glob over a site's path or full name. `*` stays within one path component, `**` spans any number:
-        `**/head/**` matches `head/kernel` and `decoder/head/kernel`; `**:conv_general_dilated*` matches by operation.
-      compute: format of the operands of the three products.
-      accum: format of their accumulator.
+        `**/head/**` matches `head/kernel` and `decoder/head/kernel`; `**:conv_general_dilated*` matches by operation;
+        `@LayerNorm` matches what runs inside modules of that class.
+      settings: (key, value) pairs, keys of `SETTINGS`; what is not there stays as the policy has it.
     """
 
     pattern: str
-    compute: Format | None = None
-    accum: Format | None = None
+    settings: tuple[tuple[str, Any], ...]
 
     def matches(self, *names: str) -> bool:
         """Returns whether the pattern matches any of a site's names."""
         return any(glob_matches(self.pattern, name) for name in names)
 
+    def sets(self, *keys: str) -> bool:
+        """Returns whether the rule says anything about one of these settings."""
+        return any(key in keys for key, _ in self.settings)
+
     def __str__(self) -> str:
-        settings = [(key, getattr(self, key)) for key in ("compute", "accum")]
-        return f"{self.pattern}:" + ",".join(f"{key}={fmt.name}" for key, fmt in settings if fmt is not None)
+        return f"{self.pattern}:" + ",".join(f"{key}={SETTINGS[key].show(value)}" for key, value in self.settings)
 
 
-@dataclasses.dataclass(frozen=True)
-class Policy:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Policy(Treatment):
     """The number format of every tensor of a computation.
+
+    The settings of `Treatment` say what happens at every site that no rule excepts. Beside these:
 
     Attributes:
       params: how parameters are stored.
-      compute: operands of every product, forward and backward; each operand is cast where it is used.
       output: floating outputs of the function or model.
-      accum: what products accumulate in; also their result, before it returns to the type the model expects.
+      ops: what becomes of operations that are not products. "products" leaves them as the model's author wrote them.
+        "autocast" lets the results of products stay in `compute` and treats every other operation by the table
+        `precision_lab.policy.OP_TABLE`, as torch.amp does: exponentials, reductions and losses in float32, additions
+        in the wider type, layout in the type they find.
       rules: exceptions by site; where several match, the last one wins, setting by setting.
 
     Source: the three-dtype policy and its strings follow jmp (google-deepmind/jmp, `jmp.get_policy`): what is not
@@ -65,18 +77,18 @@ class Policy:
     """
 
     params: Format = FLOAT32
-    compute: Format = FLOAT32
     output: Format = FLOAT32
-    accum: Format = FLOAT32
+    ops: str = "products"
     rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
-        _require_products(self.compute, self.accum, where="")
+        if self.ops not in OPS:
+            raise ValueError(f"ops={self.ops} must be one of {', '.join(OPS)}.")
+        check_treatment(self, where="")
         for key in ("params", "output"):
             _require_storable(key, getattr(self, key))
         for rule in self.rules:
-            where = f" in rule '{rule.pattern}'"
-            _require_products(rule.compute or self.compute, rule.accum or self.accum, where=where)
+            check_treatment(_changed(self._treatment(), rule), where=f" in rule '{rule.pattern}'")
 
     @classmethod
     def parse(cls, spec: str | Policy | jmp.Policy | Any) -> Policy:
@@ -84,8 +96,9 @@ class Policy:
 
         Args:
           spec: a Policy; a jmp.Policy; a preset's name; a string such as
-            `"params=float32,compute=bfloat16,output=float32"` (any jmp string, also `p=f32,c=bf16,o=f32`), followed by
-            rules as in `";**/head/**:compute=float32"`; or one format, name or dtype, for all three.
+            `"params=float32,compute=bfloat16,output=float32"` (any jmp string, also `p=f32,c=bf16,o=f32`) with any
+            keys of `Policy` and `Treatment`, followed by rules as in `";**/head/**:compute=float32"`; or one format,
+            name or dtype, for params, compute and output. Settings may follow a preset: `"w8a8,attention=int8@token"`.
 
         Raises:
           ValueError: an unknown or repeated key, an unknown format, or a setting that cannot be honoured.
@@ -101,32 +114,45 @@ class Policy:
 
         return preset(name)
 
-    def with_rule(self, pattern: str, *, compute: Any = None, accum: Any = None) -> Policy:
+    def with_rule(self, pattern: str, **settings: Any) -> Policy:
         """Returns this policy with one more rule, which overrides the earlier ones where it matches.
 
         Args:
           pattern: glob over site paths, see `Rule`. A rule that matches no site is an error when the policy is
             applied, because only then the sites are known.
-          compute: format (or its name) of the operands at those sites.
-          accum: format (or its name) of the accumulator there.
+          settings: settings of `Treatment`, each as its value or what parses to it, such as `compute="float32"`,
+            `weight="int4@group32"`, `weight=None`.
 
         Raises:
-          ValueError: the rule sets nothing, or a format that products cannot have.
+          ValueError: the rule sets nothing, something that does not exist, or what operations cannot have.
         """
-        if compute is None and accum is None:
-            raise ValueError(f"rule '{pattern}' sets nothing; give compute= or accum=.")
+        if unknown := [key for key in settings if key not in SETTINGS]:
+            raise ValueError(
+                f"rule '{pattern}': unknown setting '{unknown[0]}'; the settings are {', '.join(SETTINGS)}."
+            )
+        if not settings:
+            raise ValueError(f"rule '{pattern}' sets nothing; give compute=, weight=, accum= or another setting.")
         if not pattern or any(char in pattern for char in ";,= "):
             raise ValueError(f"rule pattern '{pattern}' must be non-empty, without spaces and any of , ; =")
-        rule = Rule(pattern, *(None if spec is None else formats.format(spec) for spec in (compute, accum)))
-        return dataclasses.replace(self, rules=(*self.rules, rule))
+        ordered = tuple((key, SETTINGS[key].read(settings[key])) for key in SETTINGS if key in settings)
+        return dataclasses.replace(self, rules=(*self.rules, Rule(pattern, ordered)))
 
-    def at(self, *names: str) -> tuple[Format, Format]:
-        """Returns (compute, accum) at the site that goes by `names`, rules applied in order."""
-        compute, accum = self.compute, self.accum
+    def at(self, *names: str) -> Treatment:
+        """Returns what happens at the site that goes by `names`, rules applied in order."""
+        treatment = self._treatment()
         for rule in self.rules:
             if rule.matches(*names):
-                compute, accum = rule.compute or compute, rule.accum or accum
-        return compute, accum
+                treatment = _changed(treatment, rule)
+        return treatment
+
+    def _treatment(self) -> Treatment:
+        """Returns what happens where no rule matches."""
+        return Treatment(**{key: getattr(self, key) for key in SETTINGS})
+
+    @property
+    def reaches_operations(self) -> bool:
+        """Whether anything but products may be changed."""
+        return self.ops == "autocast" or self.round is not None or any(rule.sets("op", "round") for rule in self.rules)
 
     def cast_to_param(self, tree: Tree) -> Tree:
         """Returns `tree` with its floating arrays in the params dtype; see `cast_floating` for what stays."""
@@ -149,55 +175,44 @@ class Policy:
         """Returns the jmp policy of the same three dtypes.
 
         Raises:
-          ValueError: the policy says more than jmp can hold (rules, another accumulator, a simulated format).
+          ValueError: the policy says more than jmp can hold (rules, quantizers, another accumulator, a simulated
+            format).
         """
         import jmp
 
-        if self.rules or self.accum != default_accum(self.compute):
-            raise ValueError(f"jmp has no rules and no accumulator; this policy has: '{self}'.")
+        accum = default_accum(self.compute)
+        if self != Policy(params=self.params, compute=self.compute, output=self.output, accum=accum):
+            raise ValueError(f"jmp has no rules, no accumulator and no quantizers; this policy has: '{self}'.")
         _require_storable("compute", self.compute)
         return jmp.Policy(self.params.dtype, self.compute.dtype, self.output.dtype)  # pyright: ignore[reportArgumentType]
 
     def __str__(self) -> str:
-        base = f"params={self.params.name},compute={self.compute.name},output={self.output.name}"
-        if self.accum != default_accum(self.compute):
-            base += f",accum={self.accum.name}"
-        return ";".join([base, *map(str, self.rules)])
+        parts = [f"params={self.params.name}", f"compute={self.compute.name}", f"output={self.output.name}"]
+        default = Treatment(compute=self.compute, accum=default_accum(self.compute))
+        for key, setting in SETTINGS.items():
+            if getattr(self, key) != getattr(default, key):
+                parts.append(f"{key}={setting.show(getattr(self, key))}")
+        if self.ops != "products":
+            parts.append(f"ops={self.ops}")
+        return ";".join([",".join(parts), *map(str, self.rules)])
 
     def __repr__(self) -> str:
         return f"Policy.parse('{self}')"
 
 
-def default_accum(compute: Format) -> Format:
-    """Returns float64 for float64 products and float32 for all others."""
-    return FLOAT64 if compute == FLOAT64 else FLOAT32
+def _changed(treatment: Treatment, rule: Rule) -> Treatment:
+    """Returns a treatment with a rule's settings; an accumulator that came with `compute` goes with it."""
+    settings = dict(rule.settings)
+    if "compute" in settings and "accum" not in settings and treatment.accum == default_accum(treatment.compute):
+        settings["accum"] = default_accum(settings["compute"])
+    return dataclasses.replace(treatment, **settings)
 
 
 def _require_storable(key: str, fmt: Format) -> None:
     """Raises unless arrays of `fmt` exist as a floating dtype."""
-    _require_sign_and_zero(key, fmt)
+    require_sign_and_zero(key, fmt)
     if fmt.kind != "float" or fmt.dtype is None:
         reason = "it has no array dtype" if fmt.dtype is None else "integers need a scale, which no cast has"
         raise ValueError(
             f"{key}={fmt.name} cannot store floating tensors: {reason}. Choose float32, bfloat16, float16..."
-        )
-
-
-def _require_sign_and_zero(key: str, fmt: Format) -> None:
-    """Raises for formats of scales, in which no tensor survives a cast."""
-    if fmt.kind == "float" and not (fmt.signed and fmt.has_zero):
-        raise ValueError(f"{key}={fmt.name} has no sign or no zero: it is a format for scales, not for tensors.")
-
-
-def _require_products(compute: Format, accum: Format, *, where: str) -> None:
-    """Raises unless products of `compute` operands can accumulate in `accum`."""
-    if compute.kind != "float":
-        raise ValueError(
-            f"compute={compute.name}{where} is not a floating format; a cast has no scale to give integers."
-        )
-    _require_sign_and_zero("compute", compute)
-    if accum != default_accum(compute):
-        raise ValueError(
-            f"accum={accum.name}{where} is not available with compute={compute.name}: these products accumulate in "
-            f"{default_accum(compute).name}."
         )

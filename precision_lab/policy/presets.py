@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from precision_lab import formats
 from precision_lab.policy.policy import Policy
+from precision_lab.policy.treatment import SETTINGS
 
 _f32, _f16, _bf16 = (formats.format(name) for name in ("float32", "float16", "bfloat16"))
 
@@ -20,6 +21,11 @@ class Preset:
     source: str
 
 
+def _quantized(**settings: str) -> Policy:
+    """Returns a policy of float32 parameters whose products are quantized, and in bfloat16 where they are not."""
+    return Policy(compute=_bf16, **{key: SETTINGS[key].read(value) for key, value in settings.items()})
+
+
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
         "float32": Preset(Policy(), "single precision throughout; changes nothing in a float32 model", "IEEE 754-2019"),
@@ -27,6 +33,16 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             Policy(params=_f32, compute=_bf16, output=_f32),
             "float32 parameters, bfloat16 products with float32 accumulation; needs no loss scaling",
             "Kalamkar et al. 2019, arXiv:1905.12322",
+        ),
+        "bfloat16_autocast": Preset(
+            Policy(params=_f32, compute=_bf16, output=_f32, ops="autocast"),
+            "as bfloat16_mixed, and activations between products stay in bfloat16 where the op table lets them",
+            "torch.amp; Kalamkar et al. 2019, arXiv:1905.12322",
+        ),
+        "float16_autocast": Preset(
+            Policy(params=_f32, compute=_f16, output=_f32, ops="autocast"),
+            "as float16_mixed, and activations between products stay in float16 where the op table lets them",
+            "torch.amp; Micikevicius et al. 2018, arXiv:1710.03740",
         ),
         "float16_mixed": Preset(
             Policy(params=_f32, compute=_f16, output=_f32),
@@ -38,10 +54,70 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             "parameters, products and outputs in bfloat16; no master copy",
             "Zamirai et al. 2020, arXiv:2010.06192",
         ),
+        "tf32": Preset(
+            Policy(compute=formats.format("tf32")),
+            "float32 parameters, products of TF32 operands, simulated on any device",
+            "NVIDIA A100 white paper, 2020, section 'TF32'",
+        ),
         "float16_pure": Preset(
             Policy(params=_f16, compute=_f16, output=_f16),
             "parameters, products and outputs in float16; no master copy",
             "the ablation of Micikevicius et al. 2018, arXiv:1710.03740, section 3.1",
+        ),
+        "float8_hybrid": Preset(
+            _quantized(weight="float8_e4m3fn@tensor", activation="float8_e4m3fn@tensor", gradient="float8_e5m2@tensor"),
+            "products of E4M3 operands forward and E5M2 gradients backward, one scale per tensor from its present amax",
+            "Micikevicius et al. 2022, arXiv:2209.05433; the HYBRID recipe of TransformerEngine",
+        ),
+        "int8_training": Preset(
+            _quantized(weight="int8@channel", activation="int8@token", gradient="int8@token,stochastic"),
+            "all three products in int8, operands quantized along what they contract, gradients stochastically",
+            "Banner et al. 2018, arXiv:1805.11046, without their bfloat16 weight gradient, which is `switchback`",
+        ),
+        "switchback": Preset(
+            _quantized(weight="int8@tensor", activation="int8@token", gradient="int8@token", wgrad="bfloat16"),
+            "int8 forward and input gradient, the weight gradient in bfloat16",
+            "Wortsman et al. 2023, arXiv:2304.13013, algorithm 1",
+        ),
+        "w8a8": Preset(
+            _quantized(weight="int8@channel", activation="int8@token"),
+            "int8 weights and activations in the forward product, straight-through gradients in bfloat16",
+            "Krishnamoorthi 2018, arXiv:1806.08342; scales by token as in Yao et al. 2022, arXiv:2206.01861",
+        ),
+        "w4a8": Preset(
+            _quantized(weight="int4@channel", activation="int8@token"),
+            "int4 weights with a scale for each output channel, int8 activations",
+            "Krishnamoorthi 2018, arXiv:1806.08342; Yao et al. 2022, arXiv:2206.01861",
+        ),
+        "w4a16": Preset(
+            _quantized(weight="int4@group32"),
+            "int4 weights in groups of 32, other operands in bfloat16",
+            "the weight-only setting of Frantar et al. 2022, arXiv:2210.17323",
+        ),
+        "nf4": Preset(
+            _quantized(weight="nf4@group64"),
+            "NF4 weights in blocks of 64, other operands in bfloat16",
+            "Dettmers et al. 2023, arXiv:2305.14314, section 3",
+        ),
+        "mxfp8": Preset(
+            _quantized(weight="mxfp8", activation="mxfp8", gradient="mxfp8"),
+            "all three products in MXFP8, blocks of 32 along what they contract",
+            "OCP Microscaling Formats v1.0, 2023; Mishra et al. 2025, arXiv:2506.08027",
+        ),
+        "mxfp4": Preset(
+            _quantized(weight="mxfp4", activation="mxfp4"),
+            "MXFP4 weights and activations in the forward product, straight-through gradients in bfloat16",
+            "Rouhani et al. 2023, arXiv:2310.10537",
+        ),
+        "nvfp4": Preset(
+            _quantized(weight="nvfp4", activation="nvfp4"),
+            "NVFP4 weights and activations in the forward product, straight-through gradients in bfloat16",
+            "NVIDIA, 'Pretraining Large Language Models with NVFP4', 2025, arXiv:2509.25149",
+        ),
+        "bitnet_b158": Preset(
+            _quantized(weight="ternary@tensor", activation="int8@token"),
+            "ternary weights scaled by their mean magnitude, int8 activations",
+            "Ma et al. 2024, arXiv:2402.17764, section 2",
         ),
     }
 )

@@ -89,6 +89,16 @@ def is_literal(atom: Any) -> bool:
     return isinstance(atom, jex.Literal)
 
 
+def function_name(eqn: Equation) -> str:
+    """Returns the name of the function that a jit or a custom derivative calls; empty for other equations."""
+    if eqn.primitive.name in JITS:
+        return eqn.params["name"]
+    if eqn.primitive.name not in CUSTOM_RULES:
+        return ""
+    call = eqn.params["call_jaxpr"]
+    return getattr(getattr(call, "jaxpr", call).debug_info, "func_name", "")
+
+
 def scope_of(eqn: Equation) -> str:
     """Returns the names in force where the equation was traced, relative to its jaxpr, joined by '/'."""
     return str(eqn.source_info.name_stack)

@@ -73,28 +73,37 @@ def call(
 
 
 def sites_of_function(
-    fn: Callable, policy: Policy, params: Any, args: Sequence[Any], kwargs: dict[str, Any], *, root: str = ""
+    fn: Callable,
+    policy: Policy,
+    params: Any,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    *,
+    root: str = "",
+    everything: bool = False,
 ) -> SiteTable:
     """Returns the sites of `fn(params, *args, **kwargs)` under `policy`; nothing is executed.
 
-    Arguments may be arrays or `jax.ShapeDtypeStruct`s.
+    Arguments may be arrays or `jax.ShapeDtypeStruct`s. Products are listed, and what a rule names; with `everything`
+    every operation on floating arrays.
     """
-    return planned(trace(fn, params, args, kwargs), policy, root)[1]
+    return planned(trace(fn, params, args, kwargs), policy, root, everything=everything)[1]
 
 
-def planned(traced: Traced, policy: Policy, root: str) -> tuple[Plan, SiteTable]:
+def planned(traced: Traced, policy: Policy, root: str, *, everything: bool = False) -> tuple[Plan, SiteTable]:
     """Returns the plan and the sites of a traced function.
 
     Raises:
       ValueError: a rule of the policy matches no site.
     """
-    planner = Planner(policy, root)
+    planner = Planner(policy, root, everything=everything)
     plan, _ = planner.walk(traced.jaxpr, traced.origins)
     planner.require_every_rule_used()
     table = planner.table()
-    if table and len(table.untouched) == len(table):
-        reasons = ", ".join(sorted({site.reason for site in table}))
-        warnings.warn(f"policy '{policy}' reaches none of the {len(table)} products: {reasons}.", stacklevel=3)
+    products = [site for site in table if site.is_product]
+    if products and all(site.reason for site in products):
+        reasons = ", ".join(sorted({site.reason for site in products}))
+        warnings.warn(f"policy '{policy}' reaches none of the {len(products)} products: {reasons}.", stacklevel=3)
     return plan, table
 
 

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from precision_lab.rewrite import _compat
+from precision_lab.rewrite.accumulate import accumulated_convolution, accumulated_matmul
+from precision_lab.rewrite.quantized import codes_of
 
 
 class Term(NamedTuple):
@@ -39,11 +41,23 @@ class Matmul:
         """Returns the shape of the product."""
         return (*lhs[:-1], rhs[-1])
 
-    def multiply(self, lhs: jax.Array, rhs: jax.Array, accum: Any) -> jax.Array:
-        """Returns the product in the dtype `accum`, in which it accumulates."""
+    def contracted(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Returns the axes of the left and of the right operand that are summed over."""
+        return (-1,), (-2,)
+
+    def multiply(self, lhs: jax.Array, rhs: jax.Array, how: Any) -> jax.Array:
+        """Returns the product of the operands, prepared and accumulated as `how` says."""
         leading = tuple(range(lhs.ndim - 2))
         numbers = (((lhs.ndim - 1,), (rhs.ndim - 2,)), (leading, leading))
-        return lax.dot_general(lhs, rhs, numbers, preferred_element_type=accum)
+        axes = self.contracted()
+        if how.codes:
+            left, right = (codes_of(x, q, along) for x, q, along in zip((lhs, rhs), how.codes, axes, strict=True))
+            product = lax.dot_general(left.values, right.values, numbers, preferred_element_type=_sum_of(left.values))
+            return product.astype(jnp.float32) * left.scale * right.scale
+        lhs, rhs = how.prepared(lhs, 0, axes[0]), how.prepared(rhs, 1, axes[1])
+        if not how.accum.is_native:
+            return accumulated_matmul(lhs, rhs, how.accum)
+        return lax.dot_general(lhs, rhs, numbers, precision=how.precision, preferred_element_type=how.accum.dtype)
 
     def to_lhs(self, cotangent: jax.Array, lhs: Any, rhs: jax.Array) -> Term:
         """Returns the product that is the gradient of the left operand."""
@@ -89,17 +103,44 @@ class Convolution:
         del lhs, rhs
         return self.jaxpr.out_avals[0].shape
 
-    def multiply(self, lhs: jax.Array, rhs: jax.Array, accum: Any) -> jax.Array:
-        """Returns the convolution in the dtype `accum`, in which it accumulates."""
+    def contracted(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Returns the axes of the left and of the right operand that are summed over: features and space."""
+        [eqn] = [eqn for eqn in self.jaxpr.jaxpr.eqns if eqn.primitive.name == "conv_general_dilated"]
+        numbers = eqn.params["dimension_numbers"]
+        return numbers.lhs_spec[1:], numbers.rhs_spec[1:]
+
+    def multiply(self, lhs: jax.Array, rhs: jax.Array, how: Any) -> jax.Array:
+        """Returns the convolution of the operands, prepared and accumulated as `how` says."""
         values = dict(zip(self.jaxpr.jaxpr.invars, (lhs, rhs), strict=True))
         for eqn in self.jaxpr.jaxpr.eqns:
             given = [atom.val if _compat.is_literal(atom) else values[atom] for atom in eqn.invars]
             if eqn.primitive.name == "conv_general_dilated":
-                out = [eqn.primitive.bind(*given, **(eqn.params | {"preferred_element_type": accum}))]
+                out = [self._convolve(eqn, given[0], given[1], how)]
             else:
                 out = _compat.bind(eqn, given)
             values.update(zip(eqn.outvars, out, strict=True))
         return values[self.jaxpr.jaxpr.outvars[0]]
+
+    def _convolve(self, eqn: Any, lhs: jax.Array, rhs: jax.Array, how: Any) -> jax.Array:
+        """Evaluates the one convolution."""
+        axes = self.contracted()
+        if how.codes and eqn.params["batch_group_count"] == 1:
+            left, right = (codes_of(x, q, along) for x, q, along in zip((lhs, rhs), how.codes, axes, strict=True))
+            changed = {"preferred_element_type": _sum_of(left.values)}
+            product = eqn.primitive.bind(left.values, right.values, **(eqn.params | changed))
+            numbers = eqn.params["dimension_numbers"]
+            scales = (
+                _along(left.scale, numbers.out_spec[0], product.ndim),
+                _along(right.scale, numbers.out_spec[1], product.ndim),
+            )
+            return product.astype(jnp.float32) * scales[0] * scales[1]
+        lhs, rhs = how.prepared(lhs, 0, axes[0]), how.prepared(rhs, 1, axes[1])
+        if not how.accum.is_native:
+            return accumulated_convolution(lhs, rhs, eqn.params, how.accum)
+        changed = {"preferred_element_type": how.accum.dtype}
+        if how.precision is not None:
+            changed["precision"] = (how.precision, how.precision)
+        return eqn.primitive.bind(lhs, rhs, **(eqn.params | changed))
 
     def to_lhs(self, cotangent: jax.Array, lhs: Any, rhs: jax.Array) -> Term:
         """Returns the convolution that is the gradient of the left operand."""
@@ -148,6 +189,16 @@ def _vmapped(
 def _traced(fn: Callable, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> Convolution:
     """Traces a function of two float32 arrays."""
     return Convolution(jax.make_jaxpr(fn)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (lhs, rhs))))
+
+
+def _sum_of(codes: jax.Array) -> Any:
+    """Returns the type in which products of codes accumulate."""
+    return jnp.int32 if codes.dtype == jnp.int8 else jnp.float32
+
+
+def _along(scale: jax.Array, axis: int, ndim: int) -> jax.Array:
+    """Returns scales that differ along one axis, along that of the result."""
+    return jnp.expand_dims(scale.reshape(-1), tuple(each for each in range(ndim) if each != axis))
 
 
 def as_matmul(lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any) -> tuple[Term, Callable]:

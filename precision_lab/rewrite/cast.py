@@ -15,63 +15,202 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from precision_lab.formats import Format, round_to
+from precision_lab.formats import Format, format, round_to
+from precision_lab.policy import Accumulator, Treatment
 from precision_lab.rewrite import _compat
 from precision_lab.rewrite.bilinear import Term, as_matmul, convolution
+from precision_lab.rewrite.quantized import fake_quantized, have_codes, why_no_codes
 
 NATIVE = frozenset(("float16", "bfloat16", "float32", "float64"))
+FLOAT32 = format("float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """What becomes of one operand of a product before it is multiplied.
+
+    Attributes:
+      is_parameter: whether it is a parameter. Those are kept for the backward pass as they are and cast again there,
+        since they stay alive anyway; the others are kept as the product needs them, at half the memory or less.
+      quantizer: how it is quantized, along the axes that the product contracts; None for a cast.
+    """
+
+    is_parameter: bool = False
+    quantizer: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Casting:
-    """How one product is computed.
+    """How one product is computed, and the two that are its gradients.
 
     Attributes:
-      compute, accum: formats of operands and accumulator.
+      compute: format of the operands.
+      accum: what the product accumulates in.
       result: dtype of the result.
-      parameters: which operands are parameters. Those are kept for the backward pass as they are and cast again there,
-        since they stay alive anyway; the others are kept in the compute format, at half the memory or less.
+      operands: the left and the right one.
+      cotangent: the operand that takes the place of one of them in the gradients.
+      dgrad, wgrad: format of the operands of the gradient of an operand that is no parameter, or is one.
+      requantized: which of the gradients, of the left and of the right operand, quantize theirs again, along the axes
+        that they contract.
+      native: whether operands are of the format's dtype; else they are values on its grid in float32.
     """
 
     compute: Format
-    accum: Format
+    accum: Accumulator
     result: Any
-    parameters: tuple[bool, bool]
+    operands: tuple[Operand, Operand]
+    cotangent: Operand
+    dgrad: Format
+    wgrad: Format
+    requantized: tuple[bool, bool]
+    native: bool
 
-    def cast(self, x: jax.Array) -> jax.Array:
-        """Returns `x` in the compute format: in its dtype where XLA multiplies that, else on its grid in float32."""
-        if self.compute.name in NATIVE:
-            return x.astype(self.compute.dtype)
-        return round_to(x.astype(jnp.float32), self.compute)
+    def prepared(self, x: jax.Array, operand: int, axes: tuple[int, ...]) -> jax.Array:
+        """Returns an operand as it is multiplied, by a product that contracts `axes` of it."""
+        quantizer = self.operands[operand].quantizer
+        return self.cast(x if quantizer is None else fake_quantized(x, quantizer, axes), self.compute)
+
+    def cast(self, x: jax.Array, fmt: Format) -> jax.Array:
+        """Returns `x` in a format: in its dtype where that is multiplied, else on its grid in float32."""
+        if not self.native or fmt.dtype is None:
+            return round_to(x.astype(jnp.float32), fmt)
+        return (round_to(x, fmt) if fmt.bits < 16 else x).astype(fmt.dtype)
+
+    @property
+    def codes(self) -> tuple[Any, Any] | None:
+        """The quantizers of both operands if their codes can be multiplied in place of their values, else None."""
+        pair = self.operands[0].quantizer, self.operands[1].quantizer
+        return pair if self.native and self.accum.is_native and have_codes(*pair) else None
+
+    @property
+    def precision(self) -> Any:
+        """Precision of the product: operands of more than 10 mantissa bits in float32 would lose some in TF32."""
+        simulated = not self.native or any(operand.quantizer is not None for operand in self.operands)
+        return lax.Precision.HIGHEST if simulated and self.compute.mantissa_bits > 10 else None
 
     def kept(self, x: jax.Array, operand: int) -> jax.Array:
-        """Returns what the derivative needs of an operand."""
-        return x if self.parameters[operand] else self.cast(x)
+        """Returns what the gradient of the other operand needs of this one."""
+        one = self.operands[operand]
+        if one.is_parameter or (one.quantizer is not None and self.requantized[1 - operand]):
+            return x
+        return self.cast(x, self._gradient_format(1 - operand))
+
+    def _gradient_format(self, operand: int) -> Format:
+        """Returns the format of the operands of an operand's gradient."""
+        return self.wgrad if self.operands[operand].is_parameter else self.dgrad
 
     def with_cotangent_for(self, operand: int, dtype: Any) -> Casting:
         """Returns the casting of the product that is the gradient of an operand of `dtype`."""
-        parameters = tuple(flag and i != operand for i, flag in enumerate(self.parameters))
-        return dataclasses.replace(self, result=dtype, parameters=parameters)
+        other, fmt = self.operands[1 - operand], self._gradient_format(operand)
+        quantizes = self.requantized[operand]
+        pair = [other if quantizes else dataclasses.replace(other, quantizer=None)]
+        pair.insert(operand, self.cotangent if quantizes else Operand())
+        if have_both(pair):
+            fmt = FLOAT32
+        return dataclasses.replace(self, compute=fmt, dgrad=fmt, wgrad=fmt, result=dtype, operands=tuple(pair))
+
+    def with_tangent(self, operand: int) -> Casting:
+        """Returns the casting of the product in which the tangent of an operand stands in its place."""
+        pair = list(self.operands)
+        if not self.requantized[operand]:
+            pair[1 - operand] = dataclasses.replace(pair[1 - operand], quantizer=None)
+        pair[operand] = dataclasses.replace(self.cotangent, is_parameter=pair[operand].is_parameter)
+        return dataclasses.replace(self, operands=tuple(pair))
 
 
-def cast_product(eqn: Any, lhs: jax.Array, rhs: jax.Array, how: Casting, *, of_tangents: bool = False) -> jax.Array:
+def have_both(operands: Any) -> bool:
+    """Returns whether both operands are quantized: then their grid is their format, and no cast follows."""
+    return all(operand.quantizer is not None for operand in operands)
+
+
+def casting_of(
+    treatment: Treatment, parameters: tuple[bool, bool], result: Any
+) -> tuple[Casting, tuple[Any, Any] | None]:
+    """Returns how a product is computed under a treatment, and the quantizers that come before it, if any do.
+
+    With backward="quantized" operands are quantized before the product, so that its gradients multiply what it
+    multiplied and a quantizer's estimator has its say; else each of the three products quantizes its own.
+
+    Args:
+      treatment: what the policy says at the site.
+      parameters: which operands are parameters.
+      result: dtype of the result.
+
+    Raises:
+      ValueError: execution="native" of what has no arithmetic of its own.
+    """
+    compute = treatment.compute
+    left, right = (Operand(*each) for each in zip(parameters, quantizers_of(treatment, parameters), strict=True))
+    backward = treatment.backward or ("requantized" if treatment.gradient is not None else "quantized")
+    overrides = [treatment.wgrad if is_parameter else treatment.dgrad for is_parameter in parameters]
+    again = tuple(backward == "requantized" and override is None for override in overrides)
+    casting = Casting(
+        compute=FLOAT32 if have_both((left, right)) else compute,
+        accum=treatment.accum,
+        result=result,
+        operands=(left, right),
+        cotangent=Operand(quantizer=treatment.gradient),
+        dgrad=treatment.dgrad or compute,
+        wgrad=treatment.wgrad or compute,
+        requantized=again,  # pyright: ignore[reportArgumentType]
+        native=_is_native(treatment, (left, right)),
+    )
+    before = left.quantizer, right.quantizer
+    return casting, before if backward == "quantized" and any(before) else None
+
+
+def _is_native(treatment: Treatment, operands: tuple[Operand, Operand]) -> bool:
+    """Returns whether a product runs in the arithmetic of its formats' own types."""
+    compute = treatment.compute
+    quantized = any(operand.quantizer is not None for operand in operands)
+    if treatment.execution != "native":
+        return treatment.execution == "auto" and compute.name in NATIVE
+    if not quantized and compute.dtype is None:
+        raise ValueError(f"execution=native: no array dtype holds compute={compute.name}; leave it simulated.")
+    if have_both(operands) and not have_codes(*(operand.quantizer for operand in operands)):
+        why = why_no_codes(*(operand.quantizer for operand in operands))
+        raise ValueError(f"execution=native: {why}; leave it simulated.")
+    return True
+
+
+def quantizers_of(treatment: Treatment, parameters: tuple[bool, bool]) -> tuple[Any, Any]:
+    """Returns the quantizer of each operand: the weight's of a parameter, the activation's of what meets one."""
+    if not any(parameters):
+        return treatment.attention, treatment.attention
+    left, right = (treatment.weight if is_parameter else treatment.activation for is_parameter in parameters)
+    return left, right
+
+
+def cast_product(
+    eqn: Any,
+    lhs: jax.Array,
+    rhs: jax.Array,
+    how: Casting,
+    *,
+    before: tuple[Any, Any] | None = None,
+    of_tangents: bool = False,
+) -> jax.Array:
     """Evaluates a dot_general or conv_general_dilated equation as `how` says.
 
     Args:
       eqn: the equation.
       lhs, rhs: its operands.
       how: formats.
+      before: quantizer of each operand before the product, whose estimators take part in the derivative.
       of_tangents: whether an operand may be a tangent. Then JAX will transpose the product rather than differentiate
         it, for which it has to be the bilinear primitive itself.
     """
-    take = _bilinear_product if of_tangents else _product
     if eqn.primitive.name == "dot_general":
         term, restore = as_matmul(lhs, rhs, eqn.params["dimension_numbers"])
-        return restore(take(term, how))
-    op = convolution(eqn.primitive, tuple(eqn.params.items()), lhs.shape, rhs.shape)
-    return take(Term(op, lhs, rhs), how)
+    else:
+        op = convolution(eqn.primitive, tuple(eqn.params.items()), lhs.shape, rhs.shape)
+        term, restore = Term(op, lhs, rhs), lambda out: out
+    if before is not None:
+        return restore(_product_of_quantized(term, how, before))
+    return restore((_bilinear_product if of_tangents else _product)(term, how))
 
 
 def _product(term: Term, how: Casting) -> jax.Array:
@@ -84,23 +223,39 @@ def _bilinear_product(term: Term, how: Casting) -> jax.Array:
     return _bilinear.bind(term.lhs, term.rhs, op=term.op, how=how)
 
 
+def _product_of_quantized(term: Term, how: Casting, before: tuple[Any, Any]) -> jax.Array:
+    """Returns the product of operands that are quantized first: of their codes where `how` can, else of values."""
+    values = [
+        x if quantizer is None else fake_quantized(x, quantizer, axes)
+        for x, quantizer, axes in zip(term[1:], before, term.op.contracted(), strict=True)
+    ]
+    plain = dataclasses.replace(how, operands=tuple(dataclasses.replace(one, quantizer=None) for one in how.operands))
+    if how.codes is None:
+        return _product(Term(term.op, *values), plain)
+    return _with_derivative(term.op, plain, how)(*values, *map(lax.stop_gradient, term[1:]))
+
+
 @functools.lru_cache(maxsize=4096)
-def _with_derivative(op: Any, how: Casting) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Returns the function of two operands that `op` under `how` is."""
+def _with_derivative(op: Any, how: Casting, forward: Casting | None = None) -> Callable[..., jax.Array]:
+    """Returns the function of two operands that `op` under `how` is.
 
-    @jax.custom_jvp
-    def product(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        return _evaluate(lhs, rhs, op=op, how=how)
+    With `forward` it is a function of four: of the derivative's operands, and of those whose product under `forward`
+    is the value.
+    """
 
-    def jvp(primals: Any, tangents: Any) -> tuple[jax.Array, Any]:
-        lhs, rhs = primals
+    @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3) if forward else ())
+    def product(lhs: jax.Array, rhs: jax.Array, *raw: jax.Array) -> jax.Array:
+        return _evaluate(*(raw or (lhs, rhs)), op=op, how=forward or how)
+
+    def jvp(*arguments: Any) -> tuple[jax.Array, Any]:
+        *raw, (lhs, rhs), tangents = arguments
         pairs = ((tangents[0], how.kept(rhs, 1)), (how.kept(lhs, 0), tangents[1]))
         terms = [
-            _bilinear_product(Term(op, *pair), how)
-            for pair, tangent in zip(pairs, tangents, strict=True)
+            _bilinear_product(Term(op, *pair), how.with_tangent(operand))
+            for operand, (pair, tangent) in enumerate(zip(pairs, tangents, strict=True))
             if not isinstance(tangent, SymbolicZero)
         ]
-        return product(lhs, rhs), functools.reduce(jnp.add, terms)
+        return product(lhs, rhs, *raw), functools.reduce(jnp.add, terms)
 
     product.defjvp(jvp, symbolic_zeros=True)
     return product
@@ -108,7 +263,11 @@ def _with_derivative(op: Any, how: Casting) -> Callable[[jax.Array, jax.Array], 
 
 def _evaluate(lhs: jax.Array, rhs: jax.Array, *, op: Any, how: Casting) -> jax.Array:
     """Takes the product of the cast operands."""
-    return op.multiply(how.cast(lhs), how.cast(rhs), how.accum.dtype).astype(how.result)
+    out = op.multiply(lhs, rhs, how)
+    info = jnp.finfo(how.result)
+    if info.bits < 32:  # XLA may drop the rounding of a cast that is undone later, but not this one
+        out = lax.reduce_precision(out, info.nexp, info.nmant)
+    return out.astype(how.result)
 
 
 def _gradient_of_lhs(cotangent: jax.Array, lhs: Any, rhs: jax.Array, *, op: Any, how: Casting) -> jax.Array:

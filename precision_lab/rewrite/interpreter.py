@@ -14,14 +14,20 @@ import jax
 from jax import lax
 
 from precision_lab.rewrite import _compat
-from precision_lab.rewrite.cast import Casting, cast_product
+from precision_lab.rewrite.cast import cast_product
+from precision_lab.rewrite.operations import Operate, as_traced, like_operand, operate, rounded
 from precision_lab.rewrite.plan import Cast, Enter, Plan
 
 Values = list[Any]
 
 
 def evaluate(plan: Plan, jaxpr: Any, consts: Sequence[Any], operands: Sequence[Any]) -> Values:
-    """Returns the outputs of a jaxpr, evaluated as `plan` says."""
+    """Returns the outputs of a jaxpr, evaluated as `plan` says, in the types that the jaxpr has for them."""
+    return as_traced(jaxpr.outvars, _evaluate(plan, jaxpr, consts, operands))
+
+
+def _evaluate(plan: Plan, jaxpr: Any, consts: Sequence[Any], operands: Sequence[Any]) -> Values:
+    """Returns the outputs of a jaxpr in the types that they have under autocast."""
     values = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, operands, strict=True))
 
     def read(atom: Any) -> Any:
@@ -34,22 +40,35 @@ def evaluate(plan: Plan, jaxpr: Any, consts: Sequence[Any], operands: Sequence[A
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _execute(step: Cast | Enter | None, eqn: Any, given: Values) -> Values:
+def _execute(step: Cast | Operate | Enter | None, eqn: Any, given: Values) -> Values:
     """Evaluates one equation."""
     if step is None:
-        return _compat.bind(eqn, given)
+        return _compat.bind(eqn, as_traced(eqn.invars, given))
     if isinstance(step, Cast):
-        how = Casting(step.compute, step.accum, eqn.outvars[0].aval.dtype, step.parameters)
-        return [cast_product(eqn, given[0], given[1], how, of_tangents=step.of_tangents)]
-    if eqn.primitive.name in _compat.CUSTOM_RULES:
+        product = cast_product(eqn, given[0], given[1], step.casting, before=step.before, of_tangents=step.of_tangents)
+        return rounded([product], step.treatment.round)
+    if isinstance(step, Operate):
+        return operate(step, eqn, given)
+    results = _enter(step, eqn, given)
+    return like_operand(results, given) if step.is_activation else results
+
+
+def _enter(step: Enter, eqn: Any, given: Values) -> Values:
+    """Evaluates an equation with something to do inside; jit and checkpoint pass on the types that they find."""
+    name, parts = eqn.primitive.name, _compat.inner_jaxprs(eqn)
+    if name in _compat.JITS | _compat.REMATS:
+        inner = [_callable(plan, part.jaxpr, _evaluate) for plan, part in zip(step.plans, parts, strict=True)]
+        return list(_REBUILD[name](eqn, inner, given))
+    given = as_traced(eqn.invars, given)
+    if name in _compat.CUSTOM_RULES:
         return _compat.bind_custom_rule(eqn, given, functools.partial(_rewritten, step))
-    inner = [_callable(plan, part.jaxpr) for plan, part in zip(step.plans, _compat.inner_jaxprs(eqn), strict=True)]
-    return list(_REBUILD[eqn.primitive.name](eqn, inner, given))
+    inner = [_callable(plan, part.jaxpr) for plan, part in zip(step.plans, parts, strict=True)]
+    return list(_REBUILD[name](eqn, inner, given))
 
 
-def _callable(plan: Plan, jaxpr: Any) -> Callable[..., Values]:
+def _callable(plan: Plan, jaxpr: Any, how: Callable[..., Values] = evaluate) -> Callable[..., Values]:
     """Returns the function that a planned jaxpr computes."""
-    return lambda *operands: evaluate(plan, jaxpr, _compat.consts_of(jaxpr), operands)
+    return lambda *operands: how(plan, jaxpr, _compat.consts_of(jaxpr), operands)
 
 
 def _rewritten(step: Enter, jaxpr: Any, part: _compat.Part) -> Any:

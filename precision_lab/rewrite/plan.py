@@ -1,7 +1,8 @@
 """The plan: one walk over a jaxpr that finds its sites, names them, and decides what happens at each.
 
-The walk carries, beside each value, its provenance: the path of the parameter it came from, if it is one seen only
-through layout operations and casts. Nothing is evaluated here, so a plan is also the dry run behind `sites`.
+The walk carries, beside each value, its provenance: the path of the parameter that it was computed from, if no data had
+a part in it (the first path, where several parameters were joined). Nothing is evaluated here, so a plan is also the
+dry run behind `sites`.
 """
 
 from __future__ import annotations
@@ -15,34 +16,36 @@ from typing import Any
 
 import numpy as np
 
-from precision_lab.formats import Format
-from precision_lab.policy import Policy
+from precision_lab.policy import OP_TABLE, Policy, Treatment
+from precision_lab.policy.ops import ACTIVATIONS
+from precision_lab.policy.treatment import default_accum
 from precision_lab.rewrite import _compat
-from precision_lab.rewrite.sites import Site, SiteTable, clean_scope
+from precision_lab.rewrite.cast import Casting, casting_of
+from precision_lab.rewrite.operations import CASTABLE, Operate, is_castable
+from precision_lab.rewrite.sites import FULL_PRECISION, PRODUCTS, Site, SiteTable, clean_scope
 
-PRODUCTS = frozenset(("dot_general", "conv_general_dilated"))
 UNSUPPORTED = frozenset(("ragged_dot_general", "ragged_dot"))
 LAYOUT = frozenset(
     ["reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "slice", "dynamic_slice", "rev", "copy"]
 ) | {"copy_p", "convert_element_type", "sharding_constraint", "optimization_barrier", "reduce_precision"}
-# float64 and float8 operands were someone's explicit choice, which a policy leaves alone.
-CASTABLE = frozenset(("float16", "bfloat16", "float32"))
-Origins = list[str | None]
+CONSTANT = object()  # provenance of what neither parameters nor data have a part in
+Origins = list[Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Cast:
-    """A product whose operands are to be cast.
+    """A product whose operands are to be cast or quantized.
 
     Attributes:
-      compute, accum: formats of operands and accumulator.
-      parameters: which operands are parameters.
+      treatment: what the policy says.
+      casting: how the product is computed.
+      before: quantizer of each operand before the product; None where none has one.
       of_tangents: whether an operand may be a tangent, in which the product will be transposed.
     """
 
-    compute: Format
-    accum: Format
-    parameters: tuple[bool, bool]
+    treatment: Treatment
+    casting: Casting
+    before: tuple[Any, Any] | None
     of_tangents: bool
 
 
@@ -53,17 +56,19 @@ class Enter:
     Attributes:
       plans: one per inner jaxpr.
       replan: plans a jaxpr that stands in for the equation's own, such as a derivative rule's, under the same names.
+      is_activation: whether its result returns to the type of its operand.
     """
 
     plans: tuple[Plan, ...]
     replan: Callable[[Any, _compat.Part], Plan]
+    is_activation: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What to do at each equation of a jaxpr; None binds it as it stands."""
 
-    steps: tuple[Cast | Enter | None, ...]
+    steps: tuple[Cast | Operate | Enter | None, ...]
 
     @property
     def is_empty(self) -> bool:
@@ -79,15 +84,18 @@ class Planner:
       sites: what was found so far.
     """
 
-    def __init__(self, policy: Policy, root: str = "") -> None:
+    def __init__(self, policy: Policy, root: str = "", *, everything: bool = False) -> None:
         self.policy = policy
         self.root = root
+        self._everything = everything
         self.sites: list[Site] = []
         self._counts: collections.Counter[tuple[str, str]] = collections.Counter()
         # JAX writes its default precision into every product; only what differs from it was the author's choice.
         self._default_precision = _compat.default_precision()
         self._call: Sequence[Site] | None = None
         self._of_tangents = False
+        # Custom derivatives are typed for what was traced, so operations inside them stay as they are.
+        self._reaches_operations = everything or policy.reaches_operations
 
     def _again(self, counts: Mapping[tuple[str, str], int], call: Sequence[Site] | None, of_tangents: bool) -> Planner:
         """Returns a planner for a jaxpr that stands in for one walked before.
@@ -102,13 +110,19 @@ class Planner:
         planner._default_precision = self._default_precision
         planner._call = self._call if call is None else call
         planner._of_tangents = self._of_tangents or of_tangents
+        planner._reaches_operations = False
         return planner
 
     def table(self) -> SiteTable:
-        """Returns the sites found so far."""
-        return SiteTable(tuple(self.sites), str(self.policy))
+        """Returns the sites found so far: products, what a rule names, and under `everything` the rest."""
+        shown = [site for site in self.sites if self._everything or site.is_product or self._is_named(site)]
+        return SiteTable(tuple(shown), str(self.policy))
 
-    def walk(self, jaxpr: Any, origins: Sequence[str | None], scope: str = "") -> tuple[Plan, Origins]:
+    def _is_named(self, site: Site) -> bool:
+        """Returns whether an operation is listed though it is no product."""
+        return site.op in UNSUPPORTED or any(rule.matches(*_names(site)) for rule in self.policy.rules)
+
+    def walk(self, jaxpr: Any, origins: Sequence[Any], scope: str = "") -> tuple[Plan, Origins]:
         """Returns the plan of a jaxpr and the provenance of its outputs.
 
         Args:
@@ -116,10 +130,10 @@ class Planner:
           origins: provenance of each input.
           scope: name stack around the jaxpr.
         """
-        known = dict(zip(jaxpr.invars, origins, strict=True))
+        known = dict(zip(jaxpr.invars, origins, strict=True)) | dict.fromkeys(jaxpr.constvars, CONSTANT)
 
-        def origin(atom: Any) -> str | None:
-            return None if _compat.is_literal(atom) else known.get(atom)
+        def origin(atom: Any) -> Any:
+            return CONSTANT if _compat.is_literal(atom) else known.get(atom)
 
         steps = []
         for eqn in jaxpr.eqns:
@@ -129,34 +143,59 @@ class Planner:
             known.update(zip(eqn.outvars, outputs, strict=True))
         return Plan(tuple(steps)), [origin(atom) for atom in jaxpr.outvars]
 
-    def _step(self, eqn: Any, sources: Origins, scope: str) -> tuple[Cast | Enter | None, Origins]:
+    def _step(self, eqn: Any, sources: Origins, scope: str) -> tuple[Cast | Operate | Enter | None, Origins]:
         """Decides on one equation; also returns the provenance of its results."""
         name = eqn.primitive.name
         unknown: Origins = [None] * len(eqn.outvars)
         if name in PRODUCTS:
             return self._product(eqn, sources, scope), unknown
-        if name in LAYOUT:
-            return None, [sources[0], *unknown[1:]]
+        if name in _compat.ENTERED:
+            return self._enter(eqn, sources, scope)
         if name in UNSUPPORTED:
             site = dataclasses.replace(self._site(eqn, sources, scope), reason="no policy reaches this operation yet")
             self.sites.append(site)
-        if name in _compat.ENTERED:
-            return self._enter(eqn, sources, scope)
         for hidden in _compat.hidden_jaxprs(eqn):
             self._report_hidden(hidden, scope, name)
-        return None, unknown
+        step = self._operation(eqn, sources, scope) if self._reaches_operations else None
+        return step, [sources[0] if name in LAYOUT else _combined(sources)] * len(eqn.outvars)
+
+    def _operation(self, eqn: Any, sources: Origins, scope: str) -> Operate | None:
+        """Decides on an operation that is not a product, and records it as a site if it computes with floats."""
+        if not any(is_castable(atom.aval) for atom in (*eqn.invars, *eqn.outvars)):
+            return None
+        site = self._site(eqn, [], scope)
+        treatment = self.policy.at(*_names(site))
+        autocast = self.policy.ops == "autocast" and not _is_full_precision(scope)
+        category = treatment.op or (OP_TABLE.get(site.op, "never") if autocast else "never")
+        reason = "" if site.op in OP_TABLE or not autocast or treatment.op else "not in the op table: runs as traced"
+        if self.policy.ops == "products" and treatment.op is None and treatment.round is None:
+            reason = "as written: ops=products"
+        decided = dataclasses.replace(treatment, op=category)
+        self.sites.append(dataclasses.replace(site, treatment=None if reason else decided, reason=reason))
+        if category == "low" and treatment.compute.dtype is None:
+            raise ValueError(
+                f"op=low at '{site.full_name}' needs a compute format with a dtype, not {treatment.compute.name}."
+            )
+        if category == "never" and treatment.round is None:
+            return None
+        return Operate(category, treatment.compute, treatment.round)
 
     def _enter(self, eqn: Any, sources: Origins, scope: str) -> tuple[Enter | None, Origins]:
         """Plans the jaxprs inside an equation."""
         outputs: Origins = [None] * len(eqn.outvars)
         counts, first = dict(self._counts), len(self.sites)
         plans = []
+        outside = self._reaches_operations
+        self._reaches_operations = outside and eqn.primitive.name not in _compat.CUSTOM_RULES
         for inner in _compat.inner_jaxprs(eqn):
             plan, returned = self.walk(inner.jaxpr, [None if i is None else sources[i] for i in inner.operands], scope)
             plans.append(plan)
             if eqn.primitive.name not in ("scan", "while", "cond"):
                 outputs = returned
-        if all(plan.is_empty for plan in plans) and not _compat.rule_may_hold(eqn, PRODUCTS):
+        self._reaches_operations = outside
+        is_activation = self.policy.ops == "autocast" and _compat.function_name(eqn) in ACTIVATIONS
+        empty = all(plan.is_empty for plan in plans) and not _compat.rule_may_hold(eqn, PRODUCTS)
+        if empty and not is_activation:
             return None, outputs
         call, kept = self.sites[first:], []
 
@@ -168,48 +207,69 @@ class Planner:
             plan, kept[:] = planner.walk(jaxpr, origins, scope)
             return plan
 
-        return Enter(tuple(plans), replan), outputs
+        return Enter(tuple(plans), replan, is_activation), outputs
 
     def _product(self, eqn: Any, sources: Origins, scope: str) -> Cast | None:
         """Names a product, asks the policy about it and records it as a site."""
         site = self._site(eqn, sources, scope)
-        names = (site.path, site.name, site.full_name)
-        compute, accum = self.policy.at(*names) if self._call is None else self._formats_in_rule(site)
-        asked = any(rule.compute and rule.matches(*names) for rule in self.policy.rules)
-        reason = _why_not(eqn, compute, asked, self._default_precision)
+        treatment = self.policy.at(*_names(site)) if self._call is None else self._treatment_in_rule(site)
+        asked = any(rule.sets("compute") and rule.matches(*_names(site)) for rule in self.policy.rules)
+        reason = _why_not(eqn, treatment, asked, self._default_precision)
+        if _is_full_precision(scope):
+            reason = "full_precision region"
         if reason:
             self.sites.append(dataclasses.replace(site, reason=reason))
             return None
-        self.sites.append(dataclasses.replace(site, compute=compute, accum=accum))
-        if _already(eqn, compute, accum):
+        self.sites.append(dataclasses.replace(site, treatment=treatment))
+        if _already(eqn, treatment):
             return None
-        return Cast(compute, accum, (bool(sources[0]), bool(sources[1])), self._of_tangents)
+        parameters = (_is_path(sources[0]), _is_path(sources[1]))
+        result = self._result(eqn, treatment)
+        casting, before = casting_of(treatment, parameters, result)
+        return Cast(treatment, casting, before, self._of_tangents)
 
-    def _formats_in_rule(self, site: Site) -> tuple[Format, Format]:
-        """Returns the formats of a product inside a derivative rule: those of the products that it differentiates.
+    def _result(self, eqn: Any, treatment: Treatment) -> Any:
+        """Returns the dtype of a product's result: the compute dtype under autocast, else what the model expects."""
+        low = (
+            self._reaches_operations
+            and self.policy.ops == "autocast"
+            and treatment.compute.name in ("float16", "bfloat16")
+        )
+        return treatment.compute.dtype if low else eqn.outvars[0].aval.dtype
+
+    def _treatment_in_rule(self, site: Site) -> Treatment:
+        """Returns the treatment of a product inside a derivative rule: that of the products that it differentiates.
 
         Raises:
           ValueError: these differ, and the product has no parameter that tells to which of them it belongs.
         """
-        done = [one for one in self._call or () if one.compute is not None]
+        done = [one for one in self._call or () if one.treatment is not None]
         own = [one for one in done if site.has_parameter and one.path == site.path]
-        found = {(one.compute, one.accum) for one in own or done}
+        found = {one.treatment for one in own or done}
+        where = site.path or "this function"
         if len(found) > 1:
-            where = site.path or "this function"
             raise ValueError(
                 f"rules give products inside one custom derivative at '{where}' different formats, but in its "
                 "derivative rule these products cannot be told apart: give them one format."
             )
-        return found.pop() if found else self.policy.at(site.path)  # pyright: ignore[reportReturnType]
+        treatment = found.pop() if found else self.policy.at(site.path)
+        assert treatment is not None
+        if treatment.quantizes:
+            raise ValueError(
+                f"'{where}' multiplies inside a custom derivative, whose hand-written rule cannot be quantized. Leave "
+                f"it out by a rule: '{where}**:weight=none,activation=none,attention=none,gradient=none'."
+            )
+        return treatment
 
     def _site(self, eqn: Any, sources: Origins, scope: str) -> Site:
-        """Builds the site of a product, not yet decided."""
-        parameter = sources[1] or sources[0]
-        path, op = parameter or clean_scope(scope, self.root), eqn.primitive.name
+        """Builds the site of an operation, not yet decided."""
+        parameter = next((source for source in (*sources[1:2], *sources[:1]) if _is_path(source)), None)
+        path, op = clean_scope(scope, self.root) if parameter is None else parameter, eqn.primitive.name
         index = self._counts[path, op]
         self._counts[path, op] += 1
-        lhs, rhs, out = (_describe(atom.aval) for atom in (*eqn.invars[:2], eqn.outvars[0]))
-        return Site(path, op, index, bool(parameter), lhs, rhs, out, _flops(eqn))
+        operands = tuple(_describe(atom.aval) for atom in eqn.invars)
+        out = _describe(eqn.outvars[0].aval)
+        return Site(path, op, index, parameter is not None, operands, out, _flops(eqn))
 
     def _report_hidden(self, jaxpr: Any, scope: str, holder: str) -> None:
         """Records the products inside an equation that is not entered, so that they are not passed over in silence."""
@@ -222,7 +282,7 @@ class Planner:
 
     def require_every_rule_used(self) -> None:
         """Raises ValueError if a rule matched no site, naming the nearest one."""
-        names = [(site.path, site.name, site.full_name) for site in self.sites]
+        names = [_names(site) for site in self.sites]
         unused = [rule for rule in self.policy.rules if not any(rule.matches(*each) for each in names)]
         if unused:
             raise ValueError(_unused_message(unused[0].pattern, len(unused), len(self.policy.rules), self.sites))
@@ -243,10 +303,36 @@ def _unused_message(pattern: str, unused: int, total: int, sites: Sequence[Site]
     return f"{unused} of {total} rules matched no site: '{pattern}'. Nearest site: '{near[0]}'."
 
 
-def _why_not(eqn: Any, compute: Format, asked: bool, default_precision: Any) -> str:
+def _is_path(source: Any) -> bool:
+    """Returns whether a provenance is a parameter's path."""
+    return isinstance(source, str)
+
+
+def _combined(sources: Origins) -> Any:
+    """Returns the provenance of what is computed from these: a parameter's path if no data has a part in it."""
+    if None in sources:
+        return None
+    return next(filter(_is_path, sources), CONSTANT)
+
+
+def _names(site: Site) -> tuple[str, ...]:
+    """Returns what a rule's pattern may match of a site."""
+    return (site.path, site.name, site.full_name)
+
+
+def _is_full_precision(scope: str) -> bool:
+    """Returns whether a name stack is inside `precision_lab.full_precision`."""
+    return FULL_PRECISION in clean_scope(scope).split("/")
+
+
+def _why_not(eqn: Any, treatment: Treatment, asked: bool, default_precision: Any) -> str:
     """Returns why a product is left alone, or an empty string."""
+    if treatment.op == "never":
+        return "op=never"
+    if treatment.op is not None:
+        raise ValueError(f"op={treatment.op} is for operations that are not products; give products compute= instead.")
     dtypes = [str(atom.aval.dtype) for atom in eqn.invars[:2]]
-    wide = compute.name == "float64"
+    wide = treatment.compute.name == "float64"
     if other := [dtype for dtype in dtypes if dtype not in CASTABLE and not (wide and dtype == "float64")]:
         return f"{other[0]} operand"
     if str(eqn.outvars[0].aval.dtype) not in CASTABLE | {"float64"}:
@@ -258,16 +344,20 @@ def _why_not(eqn: Any, compute: Format, asked: bool, default_precision: Any) -> 
     return ""
 
 
-def _already(eqn: Any, compute: Format, accum: Format) -> bool:
+def _already(eqn: Any, treatment: Treatment) -> bool:
     """Returns whether a product is, as it stands, what the policy asks for."""
-    if compute.name not in ("float32", "float64"):
+    if treatment.compute.name not in ("float32", "float64"):
         return False  # JAX's own derivative would multiply in mixed types.
+    plain = Treatment(compute=treatment.compute, accum=default_accum(treatment.compute), execution=treatment.execution)
     dtypes = {np.dtype(atom.aval.dtype) for atom in eqn.invars[:2]}
-    return dtypes == {compute.dtype} and np.dtype(eqn.outvars[0].aval.dtype) == accum.dtype
+    result = np.dtype(eqn.outvars[0].aval.dtype)
+    return treatment == plain and dtypes == {treatment.compute.dtype} and result == treatment.compute.dtype
 
 
 def _flops(eqn: Any) -> int:
-    """Returns two times the multiplications of a product."""
+    """Returns two times the multiplications of a product; 0 for other operations."""
+    if eqn.primitive.name not in PRODUCTS | UNSUPPORTED:
+        return 0
     lhs, rhs, out = (atom.aval.shape for atom in (*eqn.invars[:2], eqn.outvars[0]))
     if eqn.primitive.name == "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]
@@ -280,6 +370,8 @@ def _flops(eqn: Any) -> int:
 
 def _describe(aval: Any) -> str:
     """Writes an abstract array as in `float32[8,128]`."""
+    if not hasattr(aval, "shape"):
+        return str(aval)
     return f"{aval.dtype}[{','.join(map(str, aval.shape))}]"
 
 

@@ -9,20 +9,27 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from precision_lab.formats import Format
+from precision_lab.policy import Accumulator, Treatment
+from precision_lab.policy.treatment import SETTINGS
+
+FULL_PRECISION = "full_precision"  # name scope of the regions that policies leave alone
+PRODUCTS = frozenset(("dot_general", "conv_general_dilated"))
+_SHOWN = ("compute", "accum")
 
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One product that a policy can act on, and what the policy makes of it.
+    """One operation that a policy can act on, and what the policy makes of it.
 
     Attributes:
       path: path of the parameter that is an operand ("blocks/0/att/query/kernel"), else the name scopes.
-      op: primitive, "dot_general" or "conv_general_dilated".
+      op: primitive, such as "dot_general" or "conv_general_dilated".
       index: counts the sites of the same path and op, in program order.
       has_parameter: whether `path` is a parameter's.
-      lhs, rhs, out: shape and dtype of operands and result as the model has them, such as "bfloat16[8,128]".
-      flops: multiplications and additions of one execution, forward.
-      compute, accum: formats under the policy; None where the site is left alone.
+      operands: shape and dtype of each operand as the model has it, such as "bfloat16[8,128]".
+      out: the same of the result.
+      flops: multiplications and additions of one execution, forward; 0 for what is not a product.
+      treatment: what the policy makes of it; None where the site is left alone.
       reason: why the site is left alone; empty where it is not.
     """
 
@@ -30,13 +37,45 @@ class Site:
     op: str
     index: int
     has_parameter: bool
-    lhs: str
-    rhs: str
+    operands: tuple[str, ...]
     out: str
     flops: int
-    compute: Format | None = None
-    accum: Format | None = None
+    treatment: Treatment | None = None
     reason: str = ""
+
+    @property
+    def lhs(self) -> str:
+        """Shape and dtype of the first operand."""
+        return self.operands[0]
+
+    @property
+    def rhs(self) -> str:
+        """Shape and dtype of the second operand."""
+        return self.operands[1]
+
+    @property
+    def is_product(self) -> bool:
+        """Whether this is a matrix product or a convolution."""
+        return self.op in PRODUCTS
+
+    @property
+    def compute(self) -> Format | None:
+        """Format of a product's operands; None where the site is left alone or is no product."""
+        return self.treatment.compute if self.treatment and self.is_product else None
+
+    @property
+    def accum(self) -> Accumulator | None:
+        """What a product accumulates in; None where the site is left alone or is no product."""
+        return self.treatment.accum if self.treatment and self.is_product else None
+
+    @property
+    def settings(self) -> str:
+        """What else the policy says here, such as `weight=int4@group32`; the reason where it says nothing."""
+        if self.treatment is None:
+            return self.reason
+        default = Treatment()
+        given = {key: getattr(self.treatment, key) for key in SETTINGS if key not in _SHOWN}
+        return ",".join(f"{k}={SETTINGS[k].show(v)}" for k, v in given.items() if v != getattr(default, k))
 
     @property
     def name(self) -> str:
@@ -90,12 +129,13 @@ class SiteTable(Sequence[Site]):
         from rich.console import Console
         from rich.table import Table
 
-        table = Table("site", "operation", "operands", "Mflop", "compute", "accum", title=f"policy {self.policy}")
+        table = Table(
+            "site", "operation", "operands", "Mflop", "compute", "accum", "settings", title=f"policy {self.policy}"
+        )
         for site in self.sites:
-            formats = (
-                (site.reason, "") if site.compute is None else (site.compute.name, getattr(site.accum, "name", ""))
-            )
-            table.add_row(site.name, site.op, f"{site.lhs} {site.rhs}", f"{site.flops / 1e6:.3g}", *formats)
+            formats = (site.compute.name, str(site.accum)) if site.compute else ("", "")
+            mflop = f"{site.flops / 1e6:.3g}" if site.is_product else ""
+            table.add_row(site.name, site.op, " ".join(site.operands), mflop, *formats, site.settings)
         stream = io.StringIO()
         Console(file=stream, width=160).print(table)
         return stream.getvalue()
@@ -103,9 +143,11 @@ class SiteTable(Sequence[Site]):
 
 def _to_dict(site: Site) -> dict[str, Any]:
     """Flattens a site, formats by name."""
-    row = dataclasses.asdict(dataclasses.replace(site, compute=None, accum=None))
-    formats = {key: None if (fmt := getattr(site, key)) is None else fmt.name for key in ("compute", "accum")}
-    return {"name": site.name, **row, **formats}
+    row = {field.name: getattr(site, field.name) for field in dataclasses.fields(site) if field.name != "treatment"}
+    treatment = (
+        {} if site.treatment is None else {k: show.show(getattr(site.treatment, k)) for k, show in SETTINGS.items()}
+    )
+    return {"name": site.name, **row, **{key: treatment.get(key) for key in SETTINGS}}
 
 
 def clean_scope(scope: str, root: str = "") -> str:

@@ -96,11 +96,12 @@ def test_spaces_case_and_a_trailing_comma_do_not_matter(spec):
         ("c=tf33", "unknown format 'tf33'.*tf32"),
         ("c=f32,compute=bf16", "'compute' is given twice"),
         ("comput=bf16", "unknown key 'comput'; did you mean 'compute'"),
-        ("weights=int4", "unknown key 'weights'; the keys are params, compute, output, accum"),
+        ("weights=int4", "unknown key 'weights'; did you mean 'weight'"),
+        ("zzz=int4", "unknown key 'zzz'; the keys are params, compute, output, accum, weight, activation"),
         ("bfloat16_mixt", "did you mean 'bfloat16_mixed'"),
         ("mixed", "Presets: float32, bfloat16_mixed"),
-        ("c=", "expected 'key=format', got 'c='"),
-        ("c=bf16,,o=f32", "expected 'key=format', got ''"),
+        ("c=", "expected 'key=value', got 'c='"),
+        ("c=bf16,,o=f32", "expected 'key=value', got ''"),
         ("c=int8", "compute=int8 is not a floating format"),
         ("c=float8_e8m0fnu", "compute=float8_e8m0fnu has no sign or no zero"),
         ("p=float8_e8m0fnu,c=f32", "params=float8_e8m0fnu has no sign or no zero"),
@@ -108,7 +109,14 @@ def test_spaces_case_and_a_trailing_comma_do_not_matter(spec):
         ("p=nf4,c=f32", "params=nf4 cannot store"),
         ("p=tf32", "params=tf32 cannot store floating tensors"),
         ("p=int8,c=f32", "params=int8 cannot store floating tensors"),
-        ("c=bf16,accum=bf16", "accum=bfloat16 is not available with compute=bfloat16"),
+        ("c=bf16,accum=f64", "accum=float64 is not available with compute=bfloat16"),
+        ("c=bf16,accum=f16,execution=native", "accum=float16 is simulated, but execution=native"),
+        ("c=bf16,execution=fast", "execution=fast must be one of auto, native, simulated"),
+        ("c=bf16,ops=torch", "ops=torch must be one of products, autocast"),
+        ("c=bf16,backward=original", "backward=original needs weight=, activation= or gradient="),
+        ("c=bf16;**:op=lower", "op=lower must be one of low, float32, promote, follow, never"),
+        ("float32,mixed", "expected 'key=value', got 'mixed'"),
+        ("bfloat16,accum=f16", "only a preset may stand before a comma; 'bfloat16' is none"),
         ("c=bf16;head", "rule 'head' is not of the form"),
         ("c=bf16;**/head/**:output=float32", "unknown key 'output'"),
         ("c=bf16;**:compute=int4", "compute=int4 in rule '\\*\\*' is not a floating format"),
@@ -135,9 +143,9 @@ def test_a_rule_that_sets_nothing_or_cannot_be_written_down_is_refused():
 def test_later_rules_win_setting_by_setting():
     policy = Policy.parse("c=bf16;blocks/**:compute=float16;blocks/0/**:compute=float32")
 
-    assert policy.at("blocks/0/up/kernel")[0].name == "float32"
-    assert policy.at("blocks/1/up/kernel")[0].name == "float16"
-    assert policy.at("head/kernel")[0].name == "bfloat16"
+    assert policy.at("blocks/0/up/kernel").compute.name == "float32"
+    assert policy.at("blocks/1/up/kernel").compute.name == "float16"
+    assert policy.at("head/kernel").compute.name == "bfloat16"
 
 
 @pytest.mark.parametrize(

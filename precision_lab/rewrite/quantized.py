@@ -1,0 +1,82 @@
+"""Operands of products on a quantizer's grid: as values, or as codes and scales that the hardware multiplies itself."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from precision_lab.quant import Quantizer, fake_quantize
+from precision_lab.quant.core import Given, quantize_parts
+from precision_lab.quant.numbers import static_params
+from precision_lab.quant.tiles import Tiles
+
+_LARGEST_INT8 = 127
+_SHARED = ("tensor", "channel", "token")
+
+
+class Codes(NamedTuple):
+    """An operand as codes of a hardware type, and float32 scales of length 1 along the contracted axes."""
+
+    values: jax.Array
+    scale: jax.Array
+
+
+def fake_quantized(x: jax.Array, quantizer: Quantizer, axes: tuple[int, ...]) -> jax.Array:
+    """Returns an operand on the grid of its quantizer, in float32; `axes` are those that the product contracts."""
+    x = x.astype(jnp.float32)
+    return fake_quantize(x, quantizer, axis=axes, key=_key_of(x) if quantizer.rounding == "stochastic" else None)
+
+
+def codes_of(x: jax.Array, quantizer: Quantizer, axes: tuple[int, ...]) -> Codes:
+    """Returns the codes and scales whose products are those of `fake_quantized`."""
+    x = x.astype(jnp.float32)
+    key = _key_of(x) if quantizer.rounding == "stochastic" else None
+    axes = tuple(axis % x.ndim for axis in axes)
+    tiles = Tiles.of(x.shape, quantizer.granularity, axes)
+    parts = quantize_parts(x, tiles, Given(), quantizer, static_params(quantizer), key)
+    return Codes(parts.values.astype(_dtype(quantizer)), parts.scale)
+
+
+def have_codes(left: Quantizer | None, right: Quantizer | None) -> bool:
+    """Returns whether the hardware can multiply the codes of two operands."""
+    return not why_no_codes(left, right)
+
+
+def why_no_codes(left: Quantizer | None, right: Quantizer | None) -> str:
+    """Returns why two operands cannot be multiplied as codes, or an empty string."""
+    for quantizer in (left, right):
+        if quantizer is None:
+            return "only one operand is quantized"
+        if _dtype(quantizer) is None:
+            return f"{quantizer} has no array type of up to 8 bits whose products are its values' products"
+        if quantizer.has_zero_point:
+            return f"{quantizer} has a zero point, which a product of codes does not"
+        if quantizer.granularity.kind not in _SHARED:
+            return f"{quantizer} has several scales along the contracted axis"
+    if left is not None and right is not None and (_dtype(left) == np.int8) != (_dtype(right) == np.int8):
+        return f"{left} and {right} are an integer and a float"
+    return ""
+
+
+def _dtype(quantizer: Quantizer) -> Any:
+    """Returns the array type that codes are multiplied in, None if there is none."""
+    fmt = quantizer.format
+    if not quantizer.is_scaled or fmt.kind not in ("int", "float"):
+        return None
+    if fmt.kind == "int" and fmt.step == 1 and fmt.max <= _LARGEST_INT8:
+        return np.dtype(np.int8)
+    return fmt.dtype if fmt.kind == "float" and fmt.bits == 8 else None
+
+
+def _key_of(x: jax.Array) -> jax.Array:
+    """Returns a key made of the array's own bits.
+
+    A policy has no place for a key that changes with every step, but arrays do change: the same array is rounded the
+    same way each time, and another one independently of it.
+    """
+    words = jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(-1)
+    odd = jnp.arange(words.size, dtype=jnp.uint32) * np.uint32(2) + np.uint32(1)
+    return jax.random.key(jnp.sum(words * odd, dtype=jnp.uint32), impl="threefry2x32")
