@@ -33,12 +33,24 @@ def scale_exponent(amax: Fraction, fmt: BlockFormat) -> int:
     return min(max(exponent, MIN_SCALE_EXPONENT), MAX_SCALE_EXPONENT)
 
 
-def round_block(values: Sequence[Fraction], fmt: BlockFormat, *, rounding: str = "nearest_even") -> list[Fraction]:
-    """Returns the values of one block (finite ones) after rounding, as exact fractions."""
+def round_block(
+    values: Sequence[Fraction],
+    fmt: BlockFormat,
+    *,
+    rounding: str = "nearest_even",
+    chances: Sequence[Fraction] | None = None,
+) -> list[Fraction]:
+    """Returns the values of one block (finite ones) after rounding, as exact fractions.
+
+    `chances` decide stochastic rounding, one for each value as for `oracle.round_number`.
+    """
     scale = power_of_two(scale_exponent(max(abs(value) for value in values), fmt))
     return [
-        Fraction(oracle.round_number(value / scale, fmt.element, rounding=rounding, overflow="saturate")) * scale
-        for value in values
+        scale
+        * Fraction(
+            oracle.round_number(value / scale, fmt.element, rounding=rounding, overflow="saturate", chance=chance)
+        )
+        for value, chance in zip(values, chances or [None] * len(values), strict=True)
     ]
 
 

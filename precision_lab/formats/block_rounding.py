@@ -85,8 +85,14 @@ class _Plan(NamedTuple):
 
     format: BlockFormat
     axes: tuple[int, ...]
-    rounding: str
+    how: How
     nonfinite: str
+
+    @property
+    def rounding(self) -> str:
+        """Returns the name of the rounding."""
+        assert self.how.rounding is not None
+        return self.how.rounding
 
 
 def round_to_blocks(
@@ -99,6 +105,8 @@ def round_to_blocks(
     tensor_amax: Any | None = None,
     key: jax.Array | None = None,
     bits: Any | None = None,
+    n_bits: int | None = None,
+    centred: bool = False,
 ) -> jax.Array:
     """Returns `x` with every value as the block format `fmt` would store it, in the dtype of `x`.
 
@@ -115,6 +123,8 @@ def round_to_blocks(
         would give it; None takes that of `x`. Larger values saturate.
       key: randomness of stochastic rounding, as for `round_to`.
       bits: the same as unsigned integers of the shape of `x`, as for `round_to`.
+      n_bits: use only so many random bits for an element, as hardware does; as for `round_to`.
+      centred: with `n_bits`, without the bias of that on average; as for `round_to`.
 
     Returns:
       An array like `x`. Values are exact products of element and scale, at most the largest of its dtype; only
@@ -126,7 +136,8 @@ def round_to_blocks(
       TypeError: `x` is of another dtype.
       ValueError: an unknown format or option, or one that the format cannot honour.
     """
-    operands, plan = _checked(x, fmt, axis, rounding, nonfinite, tensor_amax, key, bits)
+    how = _how(rounding, n_bits, centred)
+    operands, plan = _checked(x, fmt, axis, how, nonfinite, tensor_amax, key, bits)
     return _round(*operands, plan)
 
 
@@ -140,18 +151,21 @@ def encode_blocks(
     tensor_amax: Any | None = None,
     key: jax.Array | None = None,
     bits: Any | None = None,
+    n_bits: int | None = None,
+    centred: bool = False,
 ) -> BlockArray:
     """Returns `x` as it is stored; arguments and errors as for `round_to_blocks`, whose values `decode` gives."""
-    operands, plan = _checked(x, fmt, axis, rounding, nonfinite, tensor_amax, key, bits)
+    how = _how(rounding, n_bits, centred)
+    operands, plan = _checked(x, fmt, axis, how, nonfinite, tensor_amax, key, bits)
     return _encode(*operands, plan)
 
 
 def _checked(
-    x: Any, spec: Any, axis: Any, rounding: str, nonfinite: str, amax: Any, key: Any, bits: Any
+    x: Any, spec: Any, axis: Any, how: How, nonfinite: str, amax: Any, key: Any, bits: Any
 ) -> tuple[tuple[jax.Array, Any, Any], _Plan]:
     """Returns ((x, tensor_amax, random words), plan) if they go together; raises otherwise."""
     fmt = block_format(spec)
-    check_rounding(rounding, random=key is not None or bits is not None)
+    check_rounding(how.rounding, random=key is not None or bits is not None)
     if nonfinite not in NONFINITE:
         raise ValueError(f"nonfinite must be one of {', '.join(NONFINITE)}, got {nonfinite!r}.")
     if amax is not None and not fmt.tensor_scale:
@@ -161,8 +175,8 @@ def _checked(
         came = type(x).__name__ if dtype is None else f"{dtype} {np.shape(x)}"
         raise TypeError(f"blocks are made of float16, bfloat16 or float32 arrays, got {came}.")
     x = jnp.asarray(x)
-    words = random_words(x, key, bits, _how(rounding))
-    plan = _Plan(fmt, fmt.axes(x.ndim, axis), rounding, nonfinite)
+    words = random_words(x, key, bits, how)
+    plan = _Plan(fmt, fmt.axes(x.ndim, axis), how, nonfinite)
     return (x, None if amax is None else jnp.float32(amax), words), plan
 
 
@@ -287,7 +301,7 @@ def _quantize(x: jax.Array, amax: Any, random: Any, plan: _Plan, tiles: _Tiles) 
     largest = _largest(values, tiles, exact=fmt.max_exponent == 0 and fmt.rule not in ("floor", "amax"))
     bad = largest >= _INF
     largest = jnp.where(bad, _U32(0), largest)
-    draw = None if random is None else make_draw(FLOAT32, tiles.split(random), _how(plan.rounding))
+    draw = None if random is None else make_draw(FLOAT32, tiles.split(random), plan.how)
     if fmt.tensor_scale:
         words, scales, tensor_scale = _amax_scale(words, largest, amax, plan, draw)
         return _Quantized(words, jnp.where(bad, _nan_scale(fmt), scales), tensor_scale)
@@ -296,10 +310,9 @@ def _quantize(x: jax.Array, amax: Any, random: Any, plan: _Plan, tiles: _Tiles) 
     return _Quantized(words, jnp.where(bad, _nan_scale(fmt), codes), None)
 
 
-def _how(rounding: str) -> How:
+def _how(rounding: str, n_bits: int | None, centred: bool) -> How:
     """Returns the rounding as the randomness it uses describes it."""
-    random = rounding == "stochastic"
-    return How(rounding=rounding, random=random, n_bits=None, centred=False, gradient="straight_through")
+    return How(rounding, rounding == "stochastic", n_bits, centred, gradient="straight_through")
 
 
 def _nan_scale(fmt: BlockFormat) -> np.uint32:

@@ -46,8 +46,8 @@ def round_to(
       fmt: a format or its name, which is compiled in; or `FormatParams`, which may be traced, stacked and vmapped.
         Block formats ("mxfp4", "nvfp4") find their scales and round as `round_to_blocks` does, codebooks ("nf4")
         take the nearest level as `round_to_codebook` does; those functions have the options of their own. Neither
-        can honour `overflow`, `subnormals`, `n_bits`, `centred` or gradient="clipped", and codebooks no other
-        `rounding`, since their ties are part of them.
+        can honour `overflow`, `subnormals` or gradient="clipped", and codebooks no other `rounding`, since their ties
+        are part of them, and no `n_bits`: their levels are unevenly spaced, what lies between is no string of bits.
       rounding: one of `ROUNDINGS`, which says what each does; or an integer array without axes, the index of one
         there, which may be traced. An index that is none, or is that of "stochastic" without `key` or `bits`, makes
         every element NaN.
@@ -80,8 +80,9 @@ def round_to(
     check_gradient(gradient)
     fmt = fmt if isinstance(fmt, FormatParams) else format(fmt)
     if getattr(fmt, "kind", None) in ("block", "codebook"):
-        _refuse(fmt, overflow=overflow, subnormals=subnormals, n_bits=n_bits, centred=centred, gradient=gradient)
-        return _with_gradient(_round_composed(x, fmt, rounding, key, bits, axis), gradient)
+        _refuse(fmt, overflow=overflow, subnormals=subnormals, gradient=gradient)
+        random = {"key": key, "bits": bits, "n_bits": n_bits, "centred": centred}
+        return _with_gradient(_round_composed(x, fmt, rounding, random, axis), gradient)
     _refuse(fmt, axis=axis)
     random = key is not None or bits is not None
     how = How(_checked_rounding(rounding, random), random, n_bits, centred, gradient)
@@ -116,19 +117,19 @@ def _refuse(fmt: Any, **options: Any) -> None:
             raise ValueError(f"{option}={given!r} cannot be used with {name}, which is {what}; leave it out.")
 
 
-def _round_composed(x: jax.Array, fmt: Any, rounding: Any, key: Any, bits: Any, axis: Any) -> jax.Array:
-    """Returns `x` rounded to a block format or a codebook."""
+def _round_composed(x: jax.Array, fmt: Any, rounding: Any, random: dict[str, Any], axis: Any) -> jax.Array:
+    """Returns `x` rounded to a block format or a codebook; `random` are the options of stochastic rounding."""
     from precision_lab.formats.block_rounding import round_to_blocks
     from precision_lab.formats.codebook_rounding import round_to_codebook
 
     if not isinstance(rounding, str):
         raise ValueError(f"rounding of {fmt.name} must be a name, got {rounding!r}: an index is for single numbers.")
     if fmt.kind == "block":
-        return round_to_blocks(x, fmt, axis=axis, rounding=rounding, key=key, bits=bits)
-    check_rounding(rounding, random=key is not None or bits is not None)
+        return round_to_blocks(x, fmt, axis=axis, rounding=rounding, **random)
+    check_rounding(rounding, random=random["key"] is not None or random["bits"] is not None)
     if rounding != "nearest_even":
         raise ValueError(f"rounding={rounding!r} cannot be used with {fmt.name}: a codebook takes the nearest level.")
-    _refuse(fmt, axis=axis)
+    _refuse(fmt, axis=axis, n_bits=random["n_bits"], centred=random["centred"])
     return round_to_codebook(x, fmt)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from precision_lab import formats
-from precision_lab.formats import block_oracle, block_scales, round_to
+from precision_lab.formats import block_oracle, block_scales, oracle, round_to
 from precision_lab.formats.block_rounding import encode_blocks, round_to_blocks
 from precision_lab.formats.blocks import BLOCK_FORMATS, block_format
 from precision_lab.formats.containers import as_word
@@ -282,6 +282,42 @@ def test_stochastic_rounding_of_elements_takes_a_neighbour_and_is_right_on_avera
     assert abs(rounded.mean() - 2.3) < 4 * 0.5 / np.sqrt(rounded.size)
     with pytest.raises(ValueError, match="needs randomness"):
         round_to_blocks(x, "mxfp4", rounding="stochastic")
+
+
+@pytest.mark.parametrize(("n_bits", "centred"), [(3, False), (3, True), (8, False)])
+@pytest.mark.parametrize("spec", [*MX, "mxint8:full,even", "bfp8@16"])
+def test_few_random_bits_decide_about_elements_as_in_the_oracle(spec, n_bits, centred):
+    """The scale is exact, so what is cut off an element is what hardware would cut off behind its scale."""
+    fmt, rng = block_format(spec), np.random.default_rng(11)
+    x = hard_blocks(12, fmt.block[-1], seed=11)
+    bits = rng.integers(0, 1 << n_bits, x.shape, np.uint32)
+
+    few = {"rounding": "stochastic", "bits": bits, "n_bits": n_bits, "centred": centred}
+    rounded = round_to_blocks(x, spec, **few)
+    stored = encode_blocks(x, spec, **few).decode()
+
+    half = Fraction(int(centred), 2)
+    chances = [[(int(word) + half) / (1 << n_bits) for word in row] for row in bits]
+    exact = [
+        block_oracle.round_block([Fraction(float(v)) for v in row], fmt, rounding="stochastic", chances=chance)
+        for row, chance in zip(x, chances, strict=True)
+    ]
+    np.testing.assert_array_equal(rounded, np.float32([[float(value) for value in row] for row in exact]))
+    assert_same_bits(stored, rounded)
+
+
+def test_few_random_bits_decide_about_elements_of_nvfp4():
+    """With an array amax of 448 * 6 and 6 in every other block all scales are 1, and elements round as they are."""
+    rng = np.random.default_rng(12)
+    x = rng.uniform(-6, 6, (64, 16)).astype(np.float32)
+    x[:, 0], x[0, 0] = 6, 448 * 6
+    bits = rng.integers(0, 16, x.shape, np.uint32)
+
+    few = {"rounding": "stochastic", "bits": bits, "n_bits": 4, "centred": True}
+    rounded = np.asarray(round_to_blocks(x, "nvfp4", **few))[1:]
+
+    options = {**few, "bits": bits[1:], "overflow": "saturate"}
+    np.testing.assert_array_equal(rounded, oracle.round_to(x[1:], "float4_e2m1fn", **options))
 
 
 def test_scales_by_bits_are_those_of_the_oracle_for_every_exponent():

@@ -37,6 +37,9 @@ def test_blocks_round_at_random_with_a_key_or_bits(x):
     for given in ({"key": key}, {"bits": bits}):
         rounded = round_to(x, "mxfp6", rounding="stochastic", **given)
         np.testing.assert_array_equal(rounded, round_to_blocks(x, "mxfp6", rounding="stochastic", **given))
+        few = {"rounding": "stochastic", "n_bits": 3, "centred": True, **given}
+        np.testing.assert_array_equal(round_to(x, "mxfp6", **few), round_to_blocks(x, "mxfp6", **few))
+        assert (round_to(x, "mxfp6", **few) != rounded).any()
 
 
 @pytest.mark.parametrize("book", ["nf4", "ternary", formats.codebook([-1.5, 0.25, 2])])
@@ -61,14 +64,20 @@ def test_gradients_through_blocks_and_codebooks(x, spec):
         ("overflow", "saturate"),
         ("overflow", "inf"),
         ("subnormals", "flush"),
-        ("n_bits", 4),
-        ("centred", True),
         ("gradient", "clipped"),
     ],
 )
 def test_options_that_blocks_and_codebooks_cannot_honour_are_refused(x, spec, option, given):
     with pytest.raises(ValueError, match=f"{option}={given!r} cannot be used with {spec}"):
         round_to(x, spec, **{option: given})
+
+
+@pytest.mark.parametrize(("option", "given"), [("n_bits", 4), ("centred", True)])
+def test_truncated_random_bits_are_for_evenly_spaced_values(x, option, given):
+    with pytest.raises(ValueError, match=f"{option}={given!r} cannot be used with nf4, which is a codebook"):
+        round_to(x, "nf4", **{option: given})
+    with pytest.raises(ValueError, match="say how to use random bits; give key= or bits="):
+        round_to(x, "mxfp4", **{option: given})
 
 
 def test_overflow_as_specified_is_what_blocks_and_codebooks_do(x):
