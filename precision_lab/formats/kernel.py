@@ -58,9 +58,24 @@ def round_bits(
       rounding: a name of `ROUNDINGS`.
       draw: random bits for "stochastic".
     """
-    a = bits & layout.word(layout.sign - 1)
-    sign = bits ^ a
+    a, sign = signs_of(layout, bits)
     return _finish(xp, layout, a, sign, round_magnitude(xp, layout, a, sign, p, rounding, draw), p, rounding)
+
+
+def signs_of(layout: Layout, bits: Any) -> tuple[Any, Any]:
+    """Returns the magnitudes in `bits`, and the sign bits."""
+    a = bits & layout.word(layout.sign - 1)
+    return a, bits ^ a
+
+
+def below(layout: Layout, one: Any, other: Any) -> Any:
+    """Returns where one magnitude is below another; as signed integers, which is one instruction on every CPU."""
+    return one.astype(layout.signed) < other.astype(layout.signed)
+
+
+def is_negative(layout: Layout, sign: Any) -> Any:
+    """Returns where a sign bit is set."""
+    return sign.astype(layout.signed) < layout.signed(0)
 
 
 def round_magnitude(
@@ -77,16 +92,16 @@ def round_magnitude(
     # Magnitudes so small that s has no meaning are below the smallest value, and shifts beyond the word have none.
     s = (p.drop + xp.maximum(p.min_field, a >> width) - (a >> width)) & word(layout.bits - 1)
     kept = ~word(0) << s
-    increment = by_rule(xp, rounding, sign, lambda rule: rule_increment(xp, layout, rule, a, s, ~kept, p, draw))
-    return xp.where(a < p.step, _tiny(xp, layout, a, sign, p, rounding, draw), (a + increment) & kept)
+    increment = by_rule(xp, layout, rounding, sign, lambda rule: rule_increment(xp, layout, rule, a, s, ~kept, p, draw))
+    return xp.where(below(layout, a, p.step), _tiny(xp, layout, a, sign, p, rounding, draw), (a + increment) & kept)
 
 
-def by_rule(xp: ModuleType, rounding: str, sign: Any, value: Callable[[str], Any]) -> Any:
+def by_rule(xp: ModuleType, layout: Layout, rounding: str, sign: Any, value: Callable[[str], Any]) -> Any:
     """Returns `value` of the rule that `rounding` applies to magnitudes of this sign."""
     positive, negative = _RULES[rounding]
     if positive == negative:
         return value(positive)
-    return xp.where(sign == 0, value(positive), value(negative))
+    return xp.where(is_negative(layout, sign), value(negative), value(positive))
 
 
 def rule_increment(
@@ -131,8 +146,8 @@ def _tiny(xp: ModuleType, layout: Layout, a: Any, sign: Any, p: FormatParams, ro
     """Returns zero or the smallest value for magnitudes `a` below `p.step`."""
     if rounding == "stochastic":
         return _tiny_drawn(xp, layout, a, p, draw)
-    least = by_rule(xp, rounding, sign, lambda rule: _least(xp, layout, p, rule))
-    return xp.where(a >= least, p.smallest, layout.word(0))
+    least = by_rule(xp, layout, rounding, sign, lambda rule: _least(xp, layout, p, rule))
+    return xp.where(below(layout, a, least), layout.word(0), p.smallest)
 
 
 def _least(xp: ModuleType, layout: Layout, p: FormatParams, rule: str) -> Any:
@@ -166,9 +181,9 @@ def round_nearest_even(xp: ModuleType, layout: Layout, bits: Any, p: FormatParam
     """Returns the same bits as `round_bits` with "nearest_even", in fewer operations.
 
     Above the smallest normal number the number of dropped bits is the same for all elements. Below it, adding a
-    number whose last place is the format's step makes the adder round to that step, and the bits of the sum count
-    the steps. (Subtracting the number again would be simplified away: XLA of JAX 0.10 makes (x + c) - c into x.)
-    What the container may flush is less than half a step, see `params.check_steps`.
+    number whose last place is the format's step makes the adder round to that step. The sum is limited before the
+    number is subtracted again, or XLA of JAX 0.10 would make (x + c) - c into x; limited to c itself where all that
+    is subnormal becomes zero. What the container may flush is less than half a step, see `params.check_steps`.
 
     Args:
       xp: numpy or jax.numpy.
@@ -180,18 +195,19 @@ def round_nearest_even(xp: ModuleType, layout: Layout, bits: Any, p: FormatParam
     """
     word = layout.word
     one, width = word(1), word(layout.mantissa_bits)
-    a = bits & word(layout.sign - 1)
-    sign = bits ^ a
+    a, sign = signs_of(layout, bits)
     r = a
     if not _is(p.drop, 0):
-        dropped = (one << p.drop) - one
-        odd = ((a if _is(p.parity, 0) else a ^ p.parity) >> p.drop) & xp.minimum(p.drop, one)
+        drop = p.drop & word(layout.bits - 1)
+        dropped = (one << drop) - one
+        odd = ((a if _is(p.parity, 0) else a ^ p.parity) >> drop) & xp.minimum(drop, one)
         r = (a + (dropped >> one) + odd) & ~dropped
     if not _is(p.min_field, 0):
         base = p.step + (width << width)
-        steps = as_bits(as_float(a) + as_float(base)) - base
-        small = as_bits(steps.astype(layout.name) * as_float(p.smallest))
-        r = xp.where(a < (p.min_field << width), small, r)
+        most = as_float(base + (xp.minimum(p.smallest, one) << width))
+        total = as_float(a) + as_float(base)
+        small = as_bits(xp.where(total < most, total, most) - as_float(base))
+        r = xp.where(below(layout, a, p.min_field << width), small, r)
     return _finish(xp, layout, a, sign, r, p, "nearest_even")
 
 
@@ -199,17 +215,22 @@ def _finish(xp: ModuleType, layout: Layout, a: Any, sign: Any, r: Any, p: Format
     """Returns magnitudes `r` flushed and limited, with infinities and NaNs as the format has them, and signs."""
     zero = layout.word(0)
     if not _is(p.flush, 0):
-        r = xp.where(r < p.flush, zero, r)
-    largest = p.max if _same(p.max, p.min) else xp.where(sign == zero, p.max, p.min)
-    r = xp.where(r > largest, _beyond(xp, sign, largest, p, rounding), r)
-    r = xp.where(a > p.finite, a if _is(p.quiet, 0) else a | p.quiet, r)
+        r = xp.where(below(layout, r, p.flush), zero, r)
+    largest = p.max if _same(p.max, p.min) else xp.where(is_negative(layout, sign), p.min, p.max)
+    r = xp.where(below(layout, largest, r), _beyond(xp, layout, sign, largest, p, rounding), r)
+    r = xp.where(below(layout, p.finite, a), a if _is(p.quiet, 0) else a | p.quiet, r)
+    return with_sign(layout, r, sign, p)
+
+
+def with_sign(layout: Layout, r: Any, sign: Any, p: FormatParams) -> Any:
+    """Returns magnitudes `r` with their signs, which a zero keeps if the format has a negative one."""
     if _is(p.zero_sign, layout.sign):
         return r | sign
     # The sign bit of 0 - r is set unless r is zero.
-    return r | (sign & ((zero - r) | p.zero_sign))
+    return r | (sign & ((layout.word(0) - r) | p.zero_sign))
 
 
-def _beyond(xp: ModuleType, sign: Any, largest: Any, p: FormatParams, rounding: str) -> Any:
+def _beyond(xp: ModuleType, layout: Layout, sign: Any, largest: Any, p: FormatParams, rounding: str) -> Any:
     """Returns what is beyond the largest value becomes; a rounding directed inwards stops there."""
     if _is(p.overflow, 0):
         return largest
@@ -218,7 +239,7 @@ def _beyond(xp: ModuleType, sign: Any, largest: Any, p: FormatParams, rounding: 
     beyond = xp.maximum(largest, p.overflow)
     if stops[0] == stops[1]:
         return largest if stops[0] else beyond
-    return xp.where((sign == 0) == stops[0], largest, beyond)
+    return xp.where(is_negative(layout, sign) == stops[1], largest, beyond)
 
 
 def _is(leaf: Any, value: int) -> bool:

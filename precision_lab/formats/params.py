@@ -33,6 +33,11 @@ class Layout:
         return self.word(0).itemsize * 8
 
     @property
+    def signed(self) -> type[np.signedinteger]:
+        """Returns the signed integer of the same size."""
+        return {32: np.int32, 64: np.int64}[self.bits]
+
+    @property
     def sign(self) -> int:
         """Returns the bit pattern of -0."""
         return 1 << (self.bits - 1)

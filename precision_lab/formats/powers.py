@@ -44,7 +44,7 @@ def round_powers(
     def increment(rule: str) -> Any:
         return rule_increment(xp, layout, rule, u, width, dropped, by_code, draw)
 
-    r = xp.maximum((u + by_rule(xp, rounding, sign, increment)) & ~dropped, least)
+    r = xp.maximum((u + by_rule(xp, layout, rounding, sign, increment)) & ~dropped, least)
     outside = (sign != word(0)) | (a == word(0)) | (a == word(layout.inf))
     if action == "saturate":
         r = xp.minimum(xp.where((sign != word(0)) | (a == word(0)), least, r), most)

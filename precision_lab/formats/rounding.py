@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from precision_lab.formats import kernel
+from precision_lab.formats.adders import has_adder, round_by_adder
 from precision_lab.formats.catalogue import format
 from precision_lab.formats.containers import as_float, as_word, from_bits, to_bits, within
 from precision_lab.formats.gradients import GRADIENTS, check_gradient, round_cotangent, tangent
 from precision_lab.formats.options import ROUNDINGS, check_rounding, check_subnormals, overflow_action
-from precision_lab.formats.params import FormatParams, layout_of, make_params, needs_integers
+from precision_lab.formats.params import FormatParams, Layout, layout_of, make_params, needs_integers
 from precision_lab.formats.powers import round_powers
 from precision_lab.formats.randomness import How, make_draw, random_words
 from precision_lab.formats.scalar import Format
@@ -202,15 +203,29 @@ def _round_static(
     if not fmt.has_zero:
         return _by_name(mode, how, lambda name: _round_powers(x, words, fmt, overflow, name, how), x)
     p = _static_params(x, fmt, overflow, subnormals)
-    by_adder = not needs_integers(fmt, layout, subnormals)
-    return _by_name(mode, how, lambda name: _round(x, words, p, name, how, by_adder), x)
+    nearest = _nearest_even(fmt, p, layout, subnormals)
+    return _by_name(mode, how, lambda name: _round(x, words, p, name, how, nearest), x)
 
 
-def _round(x: jax.Array, words: Any, p: FormatParams, rounding: str, how: How, by_adder: bool) -> jax.Array:
-    """Returns `x` rounded by the kernel; `p` fits its dtype."""
+def _nearest_even(fmt: Format, p: FormatParams, layout: Layout, subnormals: str) -> Callable[[Any], Any] | None:
+    """Returns the cheapest exact function from words to rounded words; None if only the kernel's general one is."""
+    if subnormals in ("keep", "flush") and has_adder(fmt, layout):
+        return lambda bits: round_by_adder(layout, bits, fmt, p)
+    return None if needs_integers(fmt, layout, subnormals) else _nearest_even_of(p, layout)
+
+
+def _nearest_even_of(p: FormatParams, layout: Layout) -> Callable[[Any], Any]:
+    """Returns the function from words to rounded words for parameters that may be traced."""
+    return lambda bits: kernel.round_nearest_even(jnp, layout, bits, p, as_float, as_word)
+
+
+def _round(
+    x: jax.Array, words: Any, p: FormatParams, rounding: str, how: How, nearest: Callable[[Any], Any] | None
+) -> jax.Array:
+    """Returns `x` rounded by the kernel, or by `nearest` if that is asked for; `p` fits its dtype."""
     layout, bits = layout_of(x.dtype), to_bits(x)
-    if rounding == "nearest_even" and by_adder:
-        return from_bits(kernel.round_nearest_even(jnp, layout, bits, p, as_float, as_word), x.dtype)
+    if rounding == "nearest_even" and nearest is not None:
+        return from_bits(nearest(bits), x.dtype)
     return from_bits(kernel.round_bits(jnp, layout, bits, p, rounding, make_draw(layout, words, how)), x.dtype)
 
 
@@ -240,7 +255,8 @@ def _round_static_jvp(fmt: Format, overflow: str, subnormals: str, how: How, pri
 def _round_traced(x: jax.Array, params: FormatParams, mode: Any, words: Any, how: How) -> jax.Array:
     """Returns `x` rounded to a format whose numbers are operands."""
     p = within(jnp, x.dtype, params)
-    return _by_name(mode, how, lambda name: _round(x, words, p, name, how, by_adder=True), x)
+    nearest = _nearest_even_of(p, layout_of(x.dtype))
+    return _by_name(mode, how, lambda name: _round(x, words, p, name, how, nearest), x)
 
 
 @_round_traced.defjvp
