@@ -1,4 +1,11 @@
-"""Notebooks: each runs from top to bottom, defines nothing, and is the same as its script."""
+"""Notebooks: each is stored as it ran from top to bottom, defines nothing, and is the same as its script.
+
+After a change of a script, from the root:
+
+    jupytext --sync notebooks/01_formats.py
+    PYTHONPATH=. jupyter execute --inplace --NotebookClient.record_timing=False \\
+      --NotebookClient.coalesce_streams=True notebooks/01_formats.ipynb
+"""
 
 import ast
 from pathlib import Path
@@ -10,6 +17,21 @@ from nbclient import NotebookClient
 FOLDER = Path(__file__).parents[2] / "notebooks"
 SCRIPTS = sorted(FOLDER.glob("[0-9]*.py"))
 by_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+
+
+def outputs(notebook):
+    """Returns all outputs of a notebook in order."""
+    return [out for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs]
+
+
+def printed(notebook):
+    """Returns what a notebook prints to stdout."""
+    return "".join(out.text for out in outputs(notebook) if out.get("name") == "stdout")
+
+
+def pictures(notebook):
+    """Returns how many pictures a notebook shows."""
+    return sum("image/png" in out.get("data", {}) for out in outputs(notebook))
 
 
 @by_script
@@ -35,6 +57,15 @@ def test_a_notebook_runs(script, monkeypatch):
     notebook = jupytext.read(script)
     NotebookClient(notebook, timeout=60, kernel_name="python3", resources={"metadata": {"path": root}}).execute()
 
-    assert not [
-        out for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs if out.output_type == "error"
-    ]
+    stored = jupytext.read(script.with_suffix(".ipynb"))
+    assert not [out for out in outputs(notebook) if out.output_type == "error"]
+    assert printed(stored) == printed(notebook) != ""
+    assert pictures(stored) == pictures(notebook) > 0
+
+
+@by_script
+def test_a_stored_notebook_is_small_and_keeps_no_clock(script):
+    path = script.with_suffix(".ipynb")
+
+    assert path.stat().st_size < 500_000
+    assert not any("execution" in cell.metadata for cell in jupytext.read(path).cells)
