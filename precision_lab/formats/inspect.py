@@ -90,12 +90,14 @@ def inspect(
       subnormals: as for `round_to`.
 
     Raises:
-      TypeError: `fmt` is a codebook or block format.
-      ValueError: `value` is no number, or NaN in a format that has none.
+      ValueError: `value` is no number, or NaN in a format that has none; or `fmt` is a codebook or block format.
     """
     fmt = format(fmt)
     if not isinstance(fmt, Format):
-        raise TypeError(f"{fmt} stores no numbers one by one; inspect its elements' format.")
+        element = getattr(fmt, "element", None)
+        what = "a codebook, whose codes have no fields" if element is None else "a block format"
+        way = f"formats {fmt.name} lists its levels" if element is None else f"inspect its elements' format, {element}"
+        raise ValueError(f"{fmt} is {what}: {way}.")
     given = parse_number(value)
     rounded = oracle.round_number(given, fmt, rounding=rounding, overflow=overflow, subnormals=subnormals)
     code = encode_number(rounded, fmt)
