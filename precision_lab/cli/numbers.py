@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from precision_lab import formats
+from precision_lab.cli.model_memory import Described, activation_bytes, count_parameters, parse_model
 from precision_lab.formats import memory as accounting
 from precision_lab.formats.inspect import Inspection, inspect
 from precision_lab.formats.options import OVERFLOWS, SUBNORMALS
@@ -71,7 +72,13 @@ def bits_command(
 
 
 def memory_command(
-    params: Annotated[str, typer.Option("--params", "-n", help="Number of parameters: 70e9, 70B, 350M.")],
+    params: Annotated[
+        str | None, typer.Option("--params", "-n", help="Number of parameters: 70e9, 70B, 350M; or give --model.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A model of the project and sizes: transformer, transformer:width=256,depth=4.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Examples in a batch, for the activations of --model.", min=1)] = 32,
     fmt: Annotated[list[str] | None, typer.Option("--format", help="Weight formats to list; repeatable.")] = None,
     group: Annotated[
         int, typer.Option(help="Weights that share one scale, for formats of at most 8 bits without scales.")
@@ -87,13 +94,22 @@ def memory_command(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what parameters take in each format, and what training them takes without activations."""
-    count = accounting.parse_count(params)
+    """Show what parameters take in each format, and what training them takes; activations for --model only."""
+    if (params is None) == (model is None):
+        raise ValueError("give the number of parameters, --params 70e9, or --model transformer; one of them.")
+    described = None if model is None else parse_model(model)
+    count = accounting.parse_count(str(params)) if described is None else count_parameters(described)
     stored = [_storage_facts(count, each, group, scale_format) for each in fmt or _WEIGHT_FORMATS]
-    trained = [_training_facts(count, each, optimizer, master, moments) for each in policy or PRESETS]
+    trained = [
+        _training_facts(count, each, optimizer, master, moments, _activations(described, each, batch))
+        for each in policy or PRESETS
+    ]
+    what = "activations not included"
+    if described is not None:
+        what = f"activations of {batch} examples of {described.data} as differentiation keeps them"
     pages = [
-        _table(f"{count:,} parameters, stored (GB = 10^9 bytes)", stored),
-        _table(f"... and trained with {optimizer}, activations not included (GB)", trained),
+        _sizes(f"{count:,} parameters, stored", stored),
+        _sizes(f"... and trained with {optimizer}, {what}", trained),
     ]
     _print(pages, {"parameters": count, "weights": stored, "training": trained}, as_json)
 
@@ -291,7 +307,14 @@ def _storage_facts(count: int, fmt: str, group: int, scale_format: str) -> dict[
     }
 
 
-def _training_facts(count: int, policy: str, optimizer: str, master: str | None, moments: str | None) -> dict[str, Any]:
+def _activations(model: Described | None, policy: str, batch: int) -> int | None:
+    """Returns the bytes of a model's activations under a policy; None without a model."""
+    return None if model is None else activation_bytes(model, policy, batch=batch)
+
+
+def _training_facts(
+    count: int, policy: str, optimizer: str, master: str | None, moments: str | None, activations: int | None
+) -> dict[str, Any]:
     """Returns one row about training under a policy."""
     parsed = Policy.preset(policy) if policy in PRESETS else Policy.parse(policy)
     use = accounting.training_memory(
@@ -304,9 +327,18 @@ def _training_facts(count: int, policy: str, optimizer: str, master: str | None,
         "master_gb": _gb(use.master),
         "gradients_gb": _gb(use.gradients),
         "optimizer_gb": _gb(use.optimizer),
-        "total_gb": _gb(use.total_bytes),
+        **({} if activations is None else {"activations_gb": _gb(activations)}),
+        "total_gb": _gb(use.total_bytes + (activations or 0)),
         "bytes_per_parameter": use.total_bytes / count,
     }
+
+
+def _sizes(title: str, rows: list[dict[str, Any]]) -> Table:
+    """Returns rows of sizes as a table, in MB where all are below 1 GB."""
+    if max(row["total_gb"] for row in rows) >= 1:
+        return _table(f"{title} (GB = 10^9 bytes)", rows)
+    small = [{key.replace("_gb", "_mb"): 1e3 * row[key] if "_gb" in key else row[key] for key in row} for row in rows]
+    return _table(f"{title} (MB = 10^6 bytes)", small)
 
 
 def _gb(size_bytes: int) -> float:
@@ -318,7 +350,7 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Table:
     """Returns rows of equal keys as a table headed by the keys."""
     table = Table(title=title, title_justify="left")
     for key, cell in rows[0].items():
-        heading = key.replace("_gb", " GB").replace("_", " ")
+        heading = key.replace("_gb", " GB").replace("_mb", " MB").replace("_", " ")
         table.add_column(heading, justify="left" if isinstance(cell, str) else "right")
     for row in rows:
         table.add_row(*(f"{cell:,.6g}" if isinstance(cell, (int, float)) else cell for cell in row.values()))

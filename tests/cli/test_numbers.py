@@ -129,6 +129,29 @@ def test_memory_of_training_follows_the_policy(run):
     assert "4.125" in text.output
 
 
+def test_memory_of_a_model_counts_its_parameters_and_activations(run):
+    """Layers of 64, 128, 128 and 10; bfloat16 halves the inputs of the three products, 320 numbers an example."""
+    rows = data(run("memory", "--model", "mlp", "--batch", "50", "--json"))
+    text = run("memory", "--model", "mlp", "--policy", "float32").output
+
+    kept = {row["policy"]: row["activations_gb"] * 1e9 for row in rows["training"]}
+    assert rows["parameters"] == 65 * 128 + 129 * 128 + 129 * 10
+    assert kept["float32"] - kept["bfloat16_mixed"] == pytest.approx(50 * 320 * 2)
+    assert kept["float32"] >= 50 * 320 * 4
+    assert "digits" in text
+    assert "total MB" in text
+
+
+def test_memory_of_a_model_takes_sizes(run):
+    """Twelve squares of the width in a block; embeddings, positions, norms and biases besides."""
+    small, wide = (
+        data(run("memory", "--model", f"transformer:width={width},depth=1", "--policy", "float32", "--json"))
+        for width in (64, 128)
+    )
+
+    assert wide["parameters"] - 2 * small["parameters"] == pytest.approx(12 * (128**2 - 2 * 64**2), abs=100)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -137,6 +160,12 @@ def test_memory_of_training_follows_the_policy(run):
         (["bits", "zero", "--format", "bf16"], "expected a number such as 0.1"),
         (["bits", "1", "--rounding", "nearest"], "rounding must be one of nearest_even"),
         (["memory", "--params", "many"], "expected a positive number of parameters"),
+        (["memory"], "give the number of parameters, --params 70e9, or --model transformer"),
+        (["memory", "--params", "7B", "--model", "mlp"], "one of them"),
+        (["memory", "--model", "gpt5"], "gpt5"),
+        (["memory", "--model", "transformer:width=wide"], "expected sizes such as width=256"),
+        (["bits", "0.1", "--format", "mxfp4"], "mxfp4 is a block format: .* elements' format, float4_e2m1fn"),
+        (["bits", "0.1", "--format", "nf4"], "nf4 is a codebook"),
         (["memory", "--params", "7B", "--format", "int44"], "unknown format 'int44'"),
         (["memory", "--params", "7B", "--optimizer", "lion"], "optimizer must be one of sgd, momentum, adam"),
         (["memory", "--params", "7B", "--policy", "compute=bf61"], "bf61"),
