@@ -25,6 +25,7 @@ from precision_lab.formats.options import check_rounding
 from precision_lab.formats.params import FLOAT32, FormatParams
 from precision_lab.formats.randomness import How, make_draw, random_words
 from precision_lab.formats.scalar import Format
+from precision_lab.formats.tiles import Tiles
 
 _U32 = np.uint32
 _MAGNITUDE = _U32(FLOAT32.sign - 1)
@@ -165,6 +166,7 @@ def _checked(
 ) -> tuple[tuple[jax.Array, Any, Any], _Plan]:
     """Returns ((x, tensor_amax, random words), plan) if they go together; raises otherwise."""
     fmt = block_format(spec)
+    assert how.rounding is not None
     check_rounding(how.rounding, random=key is not None or bits is not None)
     if nonfinite not in NONFINITE:
         raise ValueError(f"nonfinite must be one of {', '.join(NONFINITE)}, got {nonfinite!r}.")
@@ -180,32 +182,6 @@ def _checked(
     return (x, None if amax is None else jnp.float32(amax), words), plan
 
 
-class _Tiles:
-    """How an array splits into blocks: every blocked axis becomes two, the number of blocks and the place in one."""
-
-    def __init__(self, shape: tuple[int, ...], axes: tuple[int, ...], block: tuple[int, ...]):
-        self.shape = shape
-        lengths = dict(zip(axes, block, strict=True))
-        self.padding = [(0, -size % lengths.get(axis, 1)) for axis, size in enumerate(shape)]
-        self.split_shape: list[int] = []
-        places = []
-        for axis, size in enumerate(shape):
-            length = lengths.get(axis)
-            self.split_shape += [size] if length is None else [-(-size // length), length]
-            places += [] if length is None else [len(self.split_shape) - 1]
-        self.within = tuple(places)
-
-    def split(self, x: jax.Array) -> jax.Array:
-        """Returns `x`, filled up with zeros, with each blocked axis split in two."""
-        padded = jnp.pad(x, self.padding) if any(after for _, after in self.padding) else x
-        return padded.reshape(self.split_shape)
-
-    def join(self, x: jax.Array) -> jax.Array:
-        """Returns the inverse of `split`."""
-        padded = x.reshape([size + after for size, (_, after) in zip(self.shape, self.padding, strict=True)])
-        return padded[tuple(slice(size) for size in self.shape)]
-
-
 class _Quantized(NamedTuple):
     """Blocks after rounding: element values as float32 words, codes of the scales, and the scale of the array."""
 
@@ -218,7 +194,7 @@ class _Quantized(NamedTuple):
 @partial(jax.jit, static_argnums=(3,), inline=True)
 def _round(x: jax.Array, amax: Any, random: Any, plan: _Plan) -> jax.Array:
     """Returns `x` rounded."""
-    tiles = _Tiles(x.shape, plan.axes, plan.format.block)
+    tiles = Tiles(x.shape, plan.axes, plan.format.block)
 
     def exactly(x: jax.Array) -> jax.Array:
         return _values(_quantize(x, amax, random, plan, tiles), plan.format, tiles, x.dtype)
@@ -236,7 +212,7 @@ def _has_direct_path(plan: _Plan, dtype: np.dtype) -> bool:
     return usual and inside and block_scales.has_fast_path(fmt.element)
 
 
-def _directly(exactly: Callable[[jax.Array], jax.Array], fmt: BlockFormat, tiles: _Tiles, x: jax.Array) -> jax.Array:
+def _directly(exactly: Callable[[jax.Array], jax.Array], fmt: BlockFormat, tiles: Tiles, x: jax.Array) -> jax.Array:
     """Returns `x` rounded without dividing by scales, if all are within bounds; by `exactly` otherwise. For CPUs."""
     least, most = (np.int32(each - MIN_SCALE_EXPONENT) for each in block_scales.direct_exponents(fmt.element))
     values = tiles.split(x) if x.dtype == jnp.float32 else as_float(tiles.split(to_bits(x)))
@@ -265,7 +241,7 @@ def _round_jvp(plan: _Plan, primals: Any, tangents: Any) -> Any:
 def _encode(x: jax.Array, amax: Any, random: Any, plan: _Plan) -> BlockArray:
     """Returns the codes of `x`."""
     fmt = plan.format
-    tiles = _Tiles(x.shape, plan.axes, fmt.block)
+    tiles = Tiles(x.shape, plan.axes, fmt.block)
     words, scales, tensor_scale = _quantize(x, amax, random, plan, tiles)
     # Under a NaN scale nothing is looked at; zeros are what compresses best.
     finite = jnp.where(scales == _nan_scale(fmt), _U32(0), words)
@@ -277,7 +253,7 @@ def _encode(x: jax.Array, amax: Any, random: Any, plan: _Plan) -> BlockArray:
 @jax.jit
 def _decode(array: BlockArray) -> jax.Array:
     """Returns the values of a block array."""
-    fmt, tiles = array.format, _Tiles(array.shape, array.axis, array.format.block)
+    fmt, tiles = array.format, Tiles(array.shape, array.axis, array.format.block)
     words = block_codes.words_of(jnp, tiles.split(array.codes), fmt.element, as_word)
     scales = jnp.expand_dims(array.scales, tiles.within)
     values = _values(_Quantized(words, scales, array.tensor_scale), fmt, tiles, array.dtype)
@@ -288,7 +264,7 @@ def _decode(array: BlockArray) -> jax.Array:
     return jnp.where(special & _MAGNITUDE >= _INF, from_bits(special, array.dtype), values)
 
 
-def _quantize(x: jax.Array, amax: Any, random: Any, plan: _Plan, tiles: _Tiles) -> _Quantized:
+def _quantize(x: jax.Array, amax: Any, random: Any, plan: _Plan, tiles: Tiles) -> _Quantized:
     """Returns the rounded elements and their scales; scales keep the rank of the split array."""
     fmt = plan.format
     words = tiles.split(to_bits(x))
@@ -320,7 +296,7 @@ def _nan_scale(fmt: BlockFormat) -> np.uint32:
     return _U32(NAN_SCALE if _SCALE.nan_code is None or not fmt.tensor_scale else _SCALE.nan_code)
 
 
-def _largest(values: Any, tiles: _Tiles, *, exact: bool) -> Any:
+def _largest(values: Any, tiles: Tiles, *, exact: bool) -> Any:
     """Returns the words of the largest magnitude of each block; of NaN or an infinity where there is one.
 
     As floats, subnormals may come out as zero, but then all scales are the smallest one, unless the largest element
@@ -393,7 +369,7 @@ def _round_elements(words: Any, fmt: Format, rounding: str, draw: Any = None) ->
     return kernel.round_bits(jnp, FLOAT32, words, fmt.params(overflow="saturate"), rounding, draw)
 
 
-def _values(blocks: _Quantized, fmt: BlockFormat, tiles: _Tiles, dtype: Any) -> jax.Array:
+def _values(blocks: _Quantized, fmt: BlockFormat, tiles: Tiles, dtype: Any) -> jax.Array:
     """Returns the values of rounded blocks, as an array of `dtype`."""
     codes = blocks.scales.astype(jnp.uint32)
     if not fmt.tensor_scale:

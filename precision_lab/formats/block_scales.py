@@ -16,6 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from precision_lab.formats.adders import adder
 from precision_lab.formats.blocks import MAX_SCALE_EXPONENT, MIN_SCALE_EXPONENT, NAN_SCALE, BlockFormat
 from precision_lab.formats.containers import as_float, as_word
 from precision_lab.formats.oracle import floor_exponent
@@ -26,7 +27,6 @@ _U32, _I32 = np.uint32, np.int32
 _WIDTH = _U32(FLOAT32.mantissa_bits)
 _MIN_NORMAL = _U32(1 << FLOAT32.mantissa_bits)
 _LOW = (1 << FLOAT32.mantissa_bits) - 1
-_EXPONENT = _U32(FLOAT32.inf)
 # A subnormal is an integer times 2**-149, so its exponent is that of the integer less this.
 _LIFT = FLOAT32.bias - 1 + FLOAT32.mantissa_bits
 # Adding this to an integer below 2**23 puts the integer into the mantissa field.
@@ -130,10 +130,8 @@ def direct_exponents(fmt: Format) -> tuple[int, int]:
 def round_scaled(words: Any, fmt: Format, largest: Any | None = None, *, shift: Any = 0) -> Any:
     """Returns float32 words rounded to the nearest value of `fmt`, ties to even, saturating, where `has_fast_path`.
 
-    Adding a power of two whose last place is the spacing of the format at a value makes the adder round to that
-    spacing. The smaller of the sum and its largest useful value is taken before the power is subtracted again, which
-    saturates, and keeps the compiler from simplifying the addition away. Faster than the kernel, whose values reach
-    so far that the power would overflow; values divided by their scale do not.
+    By an addition, as `adders` says. Faster than the kernel, whose values reach so far that the power would overflow;
+    values divided by their scale do not.
 
     Args:
       words: values with at most the exponent of the largest result, as a scale leaves them; NaN gives any number.
@@ -148,15 +146,8 @@ def round_scaled(words: Any, fmt: Format, largest: Any | None = None, *, shift: 
     if fmt.specials == "full":
         limit = jnp.where(sign == _U32(0), limit, _U32(FLOAT32.floor_bits(-fmt.lowest)))
     limit = (limit if largest is None else jnp.minimum(limit, largest)) + shift
-    bound = as_float(limit) + _adder(limit, fmt, shift)
-    adder = _adder(a, fmt, shift)
-    total = as_float(a) + adder
-    rounded = as_word(jnp.where(total < bound, total, bound) - adder)
+    bound = as_float(limit) + adder(FLOAT32, limit, fmt, shift=shift)
+    power = adder(FLOAT32, a, fmt, shift=shift)
+    total = as_float(a) + power
+    rounded = as_word(jnp.where(total < bound, total, bound) - power)
     return rounded | sign if fmt.has_negative_zero else jnp.where(rounded == _U32(0), rounded, rounded | sign)
-
-
-def _adder(a: Any, fmt: Format, shift: Any) -> Any:
-    """Returns the power of two whose last place is the spacing of `fmt` at the magnitudes `a`, both times scales."""
-    lowest = _U32((fmt.min_exponent + FLOAT32.bias) << FLOAT32.mantissa_bits) + shift
-    to_power = _U32((FLOAT32.mantissa_bits - fmt.mantissa_bits) << FLOAT32.mantissa_bits)
-    return as_float(jnp.maximum(a & _EXPONENT, lowest) + to_power)
