@@ -18,11 +18,17 @@ _HOME = {
     "optim": (
         "DynamicLossScale",
         "StaticLossScale",
+        "commit",
         "current_loss_scale",
+        "first_nonfinite",
+        "kahan",
         "loss_scaling",
         "master_weights",
+        "no_usable_scale",
         "scale_loss",
         "step_was_applied",
+        "stochastic_rounding",
+        "value_and_scaled_grad",
     ),
     "models": ("register_model",),
     "data": ("register_data",),
@@ -45,11 +51,17 @@ if TYPE_CHECKING:
     from precision_lab.nn import sites as sites
     from precision_lab.optim import DynamicLossScale as DynamicLossScale
     from precision_lab.optim import StaticLossScale as StaticLossScale
+    from precision_lab.optim import commit as commit
     from precision_lab.optim import current_loss_scale as current_loss_scale
+    from precision_lab.optim import first_nonfinite as first_nonfinite
+    from precision_lab.optim import kahan as kahan
     from precision_lab.optim import loss_scaling as loss_scaling
     from precision_lab.optim import master_weights as master_weights
+    from precision_lab.optim import no_usable_scale as no_usable_scale
     from precision_lab.optim import scale_loss as scale_loss
     from precision_lab.optim import step_was_applied as step_was_applied
+    from precision_lab.optim import stochastic_rounding as stochastic_rounding
+    from precision_lab.optim import value_and_scaled_grad as value_and_scaled_grad
     from precision_lab.policy import PRESETS as PRESETS
     from precision_lab.policy import Policy as Policy
     from precision_lab.quant import QTensor as QTensor

@@ -2,27 +2,49 @@
 
 from precision_lab.optim.access import (
     current_loss_scale,
-    scale_loss,
+    first_nonfinite,
+    no_usable_scale,
+    require_usable_scale,
     skipped_steps,
     step_was_applied,
 )
-from precision_lab.optim.masters import MasterWeightsState, master_weights, sync
-from precision_lab.optim.rounding import nearest_rounding
+from precision_lab.optim.carrying import apply_updates
+from precision_lab.optim.masters import MasterWeightsState, full_precision, master_weights, sync
+from precision_lab.optim.rounding import (
+    KahanState,
+    StochasticRoundingState,
+    kahan,
+    nearest_rounding,
+    stochastic_rounding,
+)
 from precision_lab.optim.scales import DynamicLossScale, NoLossScale, StaticLossScale
-from precision_lab.optim.scaling import LossScaleState, loss_scaling
+from precision_lab.optim.scaling import loss_scaling
+from precision_lab.optim.state import LossScaleState
+from precision_lab.optim.stepping import commit, scale_loss, value_and_scaled_grad
 
 __all__ = [
     "DynamicLossScale",
+    "KahanState",
     "LossScaleState",
     "MasterWeightsState",
     "NoLossScale",
     "StaticLossScale",
+    "StochasticRoundingState",
+    "apply_updates",
+    "commit",
     "current_loss_scale",
+    "first_nonfinite",
+    "full_precision",
+    "kahan",
     "loss_scaling",
     "master_weights",
     "nearest_rounding",
+    "no_usable_scale",
+    "require_usable_scale",
     "scale_loss",
     "skipped_steps",
     "step_was_applied",
+    "stochastic_rounding",
     "sync",
+    "value_and_scaled_grad",
 ]

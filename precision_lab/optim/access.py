@@ -5,28 +5,10 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from precision_lab.optim.scaling import LossScaleState
-from precision_lab.optim.trees import is_low_precision
+from precision_lab.optim.state import LossScaleState
+from precision_lab.optim.trees import path_text
 
 StateT = TypeVar("StateT")
-
-
-def scale_loss(loss: Any, opt_state: Any) -> jax.Array:
-    """Returns `loss` times the current loss scale, in float32 (float64 stays).
-
-    Args:
-      loss: floating scalar; a float16 loss is widened first, since a scale of 65536 is infinite in float16.
-      opt_state: optimizer state with one `loss_scaling` in it.
-
-    Raises:
-      TypeError: `loss` is not floating.
-      ValueError: the state holds no loss scale, or several.
-    """
-    loss = jnp.asarray(loss)
-    if not jnp.issubdtype(loss.dtype, jnp.floating):
-        raise TypeError(f"scale_loss expects a floating loss, got {loss.dtype}.")
-    dtype = jnp.float32 if is_low_precision(loss) else loss.dtype
-    return loss.astype(dtype) * current_loss_scale(opt_state).astype(dtype)
 
 
 def current_loss_scale(opt_state: Any) -> jax.Array:
@@ -37,7 +19,8 @@ def current_loss_scale(opt_state: Any) -> jax.Array:
 def step_was_applied(opt_state: Any) -> jax.Array:
     """Returns a scalar bool: whether the last `update` was applied and not skipped (True before the first).
 
-    What lives outside the optimizer (batch statistics, averages, step counters) is kept back by it on a skip.
+    What lives outside the optimizer (batch statistics, averages, step counters) is kept back by it on a skip; see
+    `commit`.
     """
     return jnp.asarray(_loss_scale_state(opt_state).consecutive_skips) == 0
 
@@ -45,6 +28,59 @@ def step_was_applied(opt_state: Any) -> jax.Array:
 def skipped_steps(opt_state: Any) -> jax.Array:
     """Returns the int32 number of steps skipped so far."""
     return jnp.asarray(_loss_scale_state(opt_state).skipped)
+
+
+def no_usable_scale(opt_state: Any) -> jax.Array:
+    """Returns a scalar bool: whether the last step was skipped although the scale was at its smallest.
+
+    A smaller scale cannot help then: the gradients overflow, or are NaN, whatever it is. That may happen once by bad
+    luck; `require_usable_scale` counts.
+    """
+    return jnp.asarray(_loss_scale_state(opt_state).floor_skips) > 0
+
+
+def first_nonfinite(opt_state: Any, params: Any) -> str | None:
+    """Returns the path of the gradient that was the first not to be finite, such as "block_0/kernel"; None if none was.
+
+    It is the first in the order of the tree, at the first step of the latest run of non-finite steps, and stays until
+    the next run. For use outside jit; inside, `bad_leaf` of the state is its number.
+
+    Args:
+      opt_state: optimizer state with one `loss_scaling` in it.
+      params: the parameters or gradients, or any tree of their structure.
+
+    Raises:
+      ValueError: the state is that of several models (vmapped), or `params` has too few leaves to be theirs.
+    """
+    number = _loss_scale_state(opt_state).bad_leaf
+    if jnp.ndim(number):
+        raise ValueError(f"the state is that of {number.shape} models; take one: jax.tree.map(lambda x: x[i], state).")
+    if int(number) < 0:
+        return None
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    if int(number) >= len(paths):
+        raise ValueError(f"the first bad leaf has number {int(number)}, but params has {len(paths)} leaves.")
+    return path_text(paths[int(number)])
+
+
+def require_usable_scale(opt_state: Any, params: Any, *, patience: int = 1) -> None:
+    """Raises FloatingPointError if the last steps were skipped although the scale was at its smallest.
+
+    For use outside jit, now and then: it waits for the device.
+
+    Args:
+      opt_state: optimizer state with one `loss_scaling` in it.
+      params: the parameters or gradients, to name the first bad one.
+      patience: so many such steps in a row are an error.
+    """
+    state = _loss_scale_state(opt_state)
+    steps = int(state.floor_skips)
+    if steps >= patience:
+        raise FloatingPointError(
+            f"no usable loss scale: gradients were not finite at the smallest one, {float(state.loss_scale):g}, in "
+            f"{steps} steps in a row, the first of them '{first_nonfinite(opt_state, params)}'. Lower "
+            "DynamicLossScale.min, or look for NaN where that gradient comes from."
+        )
 
 
 def find_state(opt_state: Any, cls: type[StateT], made_by: str) -> StateT:

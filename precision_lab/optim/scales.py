@@ -40,11 +40,15 @@ class DynamicLossScale:
       growth: factor on the scale after `interval` finite steps in a row, counted from the last change.
       backoff: factor on the scale after a non-finite step.
       interval: finite steps until growth; the scale grows on exactly this step.
-      min: the scale never falls below this.
+      min: the scale never falls below this; a step that is not finite even there is reported by `no_usable_scale`.
       max: the scale never grows beyond this.
+      hysteresis: non-finite steps in a row until the scale falls. The one that makes it so many, and every further
+        one of the same run, lowers the scale; any finite step begins the count anew. All of them are skipped, and
+        all of them set back the count towards growth. With 1 every non-finite step lowers the scale.
 
     Source: Micikevicius et al., "Mixed Precision Training", 2018, arXiv:1710.03740, section 3.2; the defaults are
-      those of torch.amp.GradScaler, with the bounds of NVIDIA apex's LossScaler.
+      those of torch.amp.GradScaler, with the bounds of NVIDIA apex's LossScaler; hysteresis as in NVIDIA apex's
+      kernel `update_scale_hysteresis`.
     """
 
     init: float = 65536.0
@@ -53,6 +57,7 @@ class DynamicLossScale:
     interval: int = 2000
     min: float = 1.0
     max: float = 2.0**24
+    hysteresis: int = 1
 
     def __post_init__(self) -> None:
         for name in ("init", "min", "max"):
@@ -66,8 +71,10 @@ class DynamicLossScale:
             raise ValueError(f"DynamicLossScale.growth must be finite and above 1, got {self.growth!r}.")
         if not 0 < self.backoff < 1:
             raise ValueError(f"DynamicLossScale.backoff must lie between 0 and 1, got {self.backoff!r}.")
-        if isinstance(self.interval, bool) or not isinstance(self.interval, int) or self.interval < 1:
-            raise ValueError(f"DynamicLossScale.interval must be a positive integer, got {self.interval!r}.")
+        for name in ("interval", "hysteresis"):
+            count = getattr(self, name)
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ValueError(f"DynamicLossScale.{name} must be a positive integer, got {count!r}.")
 
 
 LossScale: TypeAlias = NoLossScale | StaticLossScale | DynamicLossScale

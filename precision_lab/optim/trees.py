@@ -1,7 +1,9 @@
 """Trees of gradients and parameters: which leaves are numbers to train, and how to hide the others from optax.
 
 Integer, boolean, float0 and PRNG-key leaves are nobody's gradient: they are hidden from the inner transformation as
-`optax.MaskedNode` and come back as they were. None and MaskedNode hold no leaf and need no care.
+`optax.MaskedNode` and come back as they were. So are the leaves of Flax's collection `_overwrite_with_gradient`
+(scales and amax histories of float8 products), whose "gradient" is their next value. None and MaskedNode hold no leaf
+and need no care.
 """
 
 from typing import Any, TypeVar
@@ -12,17 +14,27 @@ import optax
 
 Tree = TypeVar("Tree")
 
+_OVERWRITTEN = "_overwrite_with_gradient"
 
-def is_trainable(x: Any) -> bool:
-    """Returns whether `x` is a floating or complex leaf."""
-    dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
-    return jnp.issubdtype(dtype, jnp.inexact)
+
+def path_text(path: Any) -> str:
+    """Returns the path of a leaf as text, such as "block_0/attention/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def is_overwritten(path: Any) -> bool:
+    """Returns whether the "gradient" of the leaf at `path` is its next value."""
+    return _OVERWRITTEN in path_text(path).split("/")
+
+
+def is_trainable(path: Any, x: Any) -> bool:
+    """Returns whether `x` is a floating or complex leaf that a gradient is subtracted from."""
+    return jnp.issubdtype(_dtype(x), jnp.inexact) and not is_overwritten(path)
 
 
 def is_low_precision(x: Any) -> bool:
     """Returns whether `x` is a floating leaf of fewer than 32 bits."""
-    dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
-    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+    return jnp.issubdtype(_dtype(x), jnp.floating) and jnp.finfo(_dtype(x)).bits < 32
 
 
 def to_float32(tree: Tree) -> Tree:
@@ -33,16 +45,16 @@ def to_float32(tree: Tree) -> Tree:
 def hide_untrainable(tree: Any, like: Any = None) -> Any:
     """Returns `tree` with MaskedNode where `like` (by default `tree` itself) has a leaf that is not trainable."""
     like = tree if like is None else like
-    return jax.tree.map(lambda p, x: x if is_trainable(p) else optax.MaskedNode(), like, tree)
+    keep = jax.tree_util.tree_map_with_path(is_trainable, like)
+    return jax.tree.map(lambda kept, x: x if kept else optax.MaskedNode(), keep, tree)
 
 
 def fill_hidden(tree: Any, source: Any) -> Any:
     """Returns `tree` with what `source` holds in the places where `tree` has MaskedNode."""
-    is_masked = _is_masked
     return jax.tree.map(lambda x, s: s if is_masked(x) else x, tree, source, is_leaf=is_masked)
 
 
-def _is_masked(x: Any) -> bool:
+def is_masked(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
 
 

@@ -19,6 +19,8 @@ from precision_lab.optim.scales import as_loss_scale
         ({"backoff": 1.0}, "backoff must lie between 0 and 1"),
         ({"interval": 0}, "interval must be a positive integer"),
         ({"interval": True}, "interval must be a positive integer"),
+        ({"hysteresis": 0}, "hysteresis must be a positive integer"),
+        ({"hysteresis": 1.5}, "hysteresis must be a positive integer"),
         ({"init": float("inf")}, "init must be positive"),
         ({"min": 0.0}, "min must be positive"),
         ({"max": 2.0**127}, r"max must be positive, from 2\*\*-126 to 2\*\*126"),

@@ -18,6 +18,7 @@ from precision_lab.optim import (
     StaticLossScale,
     current_loss_scale,
     loss_scaling,
+    master_weights,
     nearest_rounding,
     scale_loss,
     skipped_steps,
@@ -49,6 +50,7 @@ def assert_same_bits(a, b):
 
 @pytest.mark.parametrize("jit", [True, False])
 def test_scale_follows_the_worked_trajectory(jit):
+    """Check 16."""
     tx = loss_scaling(optax.sgd(1.0), DynamicLossScale(init=8.0, interval=3))
     events = [GOOD] * 4 + [BAD] + [GOOD] * 3 + [BAD] * 5
 
@@ -57,7 +59,50 @@ def test_scale_follows_the_worked_trajectory(jit):
     assert trajectory == [8, 8, 16, 16, 8, 8, 8, 16, 8, 4, 2, 1, 1]
 
 
+def by_the_apex_kernel(events, scale, interval, hysteresis):
+    """Returns scales and growth counts after each event, as the kernel update_scale_hysteresis goes, line by line."""
+    growth, left, rows = 0, hysteresis, []
+    for finite in events:
+        if not finite:
+            left -= 1
+            growth = 0
+            if left <= 0:
+                scale *= 0.5
+        else:
+            growth += 1
+            if growth == interval:
+                scale, growth = scale * 2, 0
+            left = hysteresis
+        rows.append((scale, growth))
+    return rows
+
+
+@pytest.mark.parametrize("hysteresis", [1, 2, 3])
+def test_hysteresis_is_that_of_the_apex_kernel(hysteresis):
+    events = np.random.default_rng(hysteresis).random(200) < 0.6
+    config = DynamicLossScale(2.0**40, interval=3, hysteresis=hysteresis, min=2.0**-100, max=2.0**126)
+    tx = loss_scaling(optax.identity(), config)
+    grads = jnp.where(events, 1.0, jnp.inf)
+
+    def step(state, g):
+        _, state = tx.update(g, state)
+        return state, (state.loss_scale, state.good_steps)
+
+    _, (scales, counts) = jax.lax.scan(step, tx.init(grads[0]), grads)
+
+    expected = by_the_apex_kernel(events, 2.0**40, 3, hysteresis)
+    assert list(zip(scales.tolist(), counts.tolist(), strict=True)) == expected
+
+
+def test_hysteresis_of_two_forgives_single_overflows():
+    """Worked by hand: alone, alone, then three in a row, of which the second and third lower the scale."""
+    tx = loss_scaling(optax.sgd(1.0), DynamicLossScale(init=64.0, hysteresis=2))
+
+    assert scales_after(tx, [BAD, GOOD, BAD, GOOD, BAD, BAD, BAD, GOOD]) == [64, 64, 64, 64, 64, 32, 16, 16]
+
+
 def test_scale_grows_on_exactly_the_last_step_of_the_interval():
+    """Check 17."""
     tx = loss_scaling(optax.identity())
     grads = {"w": jnp.ones(1)}
 
@@ -72,6 +117,7 @@ def test_scale_grows_on_exactly_the_last_step_of_the_interval():
 
 
 def test_scale_stops_at_max_and_is_never_infinite():
+    """Check 18."""
     tx = loss_scaling(optax.identity(), DynamicLossScale(init=2.0**23, interval=1))
     huge = loss_scaling(optax.identity(), DynamicLossScale(init=2.0**126, interval=1, max=2.0**126))
 
@@ -81,6 +127,7 @@ def test_scale_stops_at_max_and_is_never_infinite():
 
 @pytest.mark.parametrize("through", ["eager", "jit", "tree.map", "flatten"])
 def test_scale_stops_at_min_however_the_state_travelled(through):
+    """Check 18."""
     tx = loss_scaling(optax.identity(), DynamicLossScale(init=8.0, min=4.0))
     update = jax.jit(tx.update) if through == "jit" else tx.update
     grads = {"w": jnp.array([jnp.nan])}
@@ -111,6 +158,8 @@ def test_a_scale_below_one_is_checked_after_the_division():
 
 
 def test_scaling_rescues_a_gradient_that_float16_cannot_hold():
+    """Check 19."""
+
     def grad_through_float16(scale):
         tx = loss_scaling(optax.identity(), StaticLossScale(scale))
         state = tx.init(jnp.float32(0))
@@ -127,6 +176,7 @@ def test_scaling_rescues_a_gradient_that_float16_cannot_hold():
 
 
 def test_overflow_skips_the_step_and_leaves_the_inner_state_alone():
+    """Check 20."""
     tx = loss_scaling(optax.adam(1e-3), DynamicLossScale(init=32768.0))
     params = {"w": jnp.arange(1.0, 4.0)}
     _, before = tx.update({"w": jnp.array([1.0, -2.0, 3.0]) * 32768}, tx.init(params), params)
@@ -143,6 +193,7 @@ def test_overflow_skips_the_step_and_leaves_the_inner_state_alone():
 
 
 def test_nan_never_comes_back():
+    """Check 44."""
     tx = loss_scaling(optax.adam(1e-3), DynamicLossScale(init=64.0))
     params = {"w": jnp.ones(2)}
     state = tx.init(params)
@@ -158,6 +209,7 @@ def test_nan_never_comes_back():
 
 
 def test_clipping_sees_unscaled_gradients():
+    """Check 21."""
     tx = loss_scaling(optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0)), StaticLossScale(1024.0))
     params = jnp.zeros(2)
 
@@ -168,6 +220,7 @@ def test_clipping_sees_unscaled_gradients():
 
 @pytest.mark.parametrize("power", [0, 4, 15, 24])
 def test_static_scale_of_a_power_of_two_changes_no_bit(power):
+    """Check 22."""
     tx = loss_scaling(optax.identity(), StaticLossScale(2.0**power))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((16, 8)), jnp.float32)
     state = tx.init(x[0])
@@ -214,6 +267,7 @@ def test_every_floating_dtype_is_unscaled(dtype):
 
 
 def test_leaves_that_are_no_gradients_come_back_untouched_and_uncounted():
+    """Check 28."""
     params = {"w": jnp.ones(2), "n": jnp.arange(3), "key": jax.random.key(0), "none": None, "mask": optax.MaskedNode()}
     zero_tangent = np.zeros(3, jax.dtypes.float0)
     grads = {"w": jnp.ones(2), "n": zero_tangent, "key": np.zeros((), jax.dtypes.float0), "none": None}
@@ -230,6 +284,56 @@ def test_leaves_that_are_no_gradients_come_back_untouched_and_uncounted():
     np.testing.assert_allclose(updates["w"], -1.0, rtol=1e-5)
     np.testing.assert_array_equal(as_integers["n"], [7, 8, 9])
     assert bool(state.last_finite)
+
+
+def test_float8_scales_are_neither_unscaled_nor_checked_nor_clipped():
+    """Check 28. The "gradients" of Flax's _overwrite_with_gradient are new values, infinite ones included."""
+    meta = {"_overwrite_with_gradient": {"dense": {"input_scale": jnp.ones(1), "history": jnp.full(4, 1e6)}}}
+    params = {"params": {"w": jnp.zeros(2)}} | meta
+    clipped = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1.0))
+    grads = {"params": {"w": jnp.array([3.0, 4.0]) * 2}}
+    new = {"_overwrite_with_gradient": {"dense": {"input_scale": jnp.full(1, 7.0), "history": jnp.full(4, jnp.inf)}}}
+    seen = []
+
+    def spy(updates, state, params=None):
+        seen.append((updates, params))
+        return updates, state
+
+    tx = loss_scaling(optax.chain(optax.GradientTransformation(lambda p: (), spy), clipped), StaticLossScale(2.0))
+
+    updates, state = tx.update(grads | new, tx.init(params), params)
+
+    assert (
+        updates["_overwrite_with_gradient"]["dense"]["history"] is new["_overwrite_with_gradient"]["dense"]["history"]
+    )
+    assert updates["_overwrite_with_gradient"]["dense"]["input_scale"].tolist() == [7.0]
+    assert [x.tolist() for x in jax.tree.leaves(seen[0][0])] == [[3.0, 4.0]]
+    assert [x.tolist() for x in jax.tree.leaves(seen[0][1])] == [[0.0, 0.0]]
+    assert bool(state.last_finite)
+
+
+def test_a_branch_and_a_selection_give_the_same_bits():
+    """Outside vmap a step is skipped by branching, under it by selecting; dyadic numbers round nowhere."""
+    tx = loss_scaling(optax.trace(0.5), DynamicLossScale(init=4.0))
+    params = {"w": jnp.asarray([1.0, -0.0])}
+
+    def run(update, state, lift):
+        rows = []
+        for value in (4.0, jnp.inf, 8.0, jnp.nan):
+            grads = {"w": jnp.asarray([value, 4.0])}
+            updates, state = update(lift(grads), state, lift(params))
+            rows.append((updates, state))
+        return rows
+
+    eager = run(tx.update, tx.init(params), lambda x: x)
+    jitted = run(jax.jit(tx.update), tx.init(params), lambda x: x)
+    mapped = run(
+        jax.vmap(tx.update), jax.vmap(tx.init)({"w": params["w"][None]}), lambda x: jax.tree.map(lambda y: y[None], x)
+    )
+
+    assert_same_bits(eager, jitted)
+    assert_same_bits(jax.tree.map(lambda x: x[0], mapped), jitted)
+    assert "cond" in str(jax.make_jaxpr(tx.update)(params, tx.init(params), params))
 
 
 def test_without_a_loss_scale_every_step_is_applied():
@@ -252,6 +356,7 @@ def test_static_scale_skips_but_does_not_change():
 
 
 def test_around_multi_steps_a_bad_micro_step_is_dropped():
+    """Check 23."""
     tx = loss_scaling(optax.MultiSteps(optax.sgd(1.0), 4), DynamicLossScale(init=8.0))
     params = jnp.zeros(())
     state = tx.init(params)
@@ -265,28 +370,29 @@ def test_around_multi_steps_a_bad_micro_step_is_dropped():
 
 
 def test_full_stack_keeps_the_schedule_on_applied_steps_only():
-    """Accumulation over two micro-steps, Adam with a linear schedule, an overflow at micro-step 4."""
+    """Check 25. Accumulation over two micro-steps, Adam with a linear schedule, an overflow at micro-step 4."""
     rates = []
 
     def record(count):
         return jnp.maximum(0.01 * (1 - count / 10), 0)
 
     inner = optax.chain(optax.clip_by_global_norm(1.0), optax.inject_hyperparams(optax.adamw)(record))
-    tx = loss_scaling(optax.MultiSteps(inner, 2), DynamicLossScale(init=8.0))
-    params = {"w": jnp.ones(2)}
+    tx = loss_scaling(optax.MultiSteps(master_weights(inner), 2), DynamicLossScale(init=8.0))
+    params = {"w": jnp.ones(2, jnp.bfloat16)}
     state = tx.init(params)
     gradient_steps = []
     for micro_step in range(1, 10):
         grads = {"w": jnp.full(2, jnp.inf if micro_step == 4 else 8.0)}
         _, state = tx.update(grads, state, params)
         gradient_steps.append(int(state.inner.gradient_step))
-        rates.append(round(float(state.inner.inner_opt_state[1].hyperparams["learning_rate"]), 6))
+        rates.append(round(float(state.inner.inner_opt_state.inner[1].hyperparams["learning_rate"]), 6))
 
     assert gradient_steps == [0, 1, 1, 1, 2, 2, 3, 3, 4]
     assert rates == [0.01, 0.01, 0.01, 0.01, 0.009, 0.009, 0.008, 0.008, 0.007]
 
 
 def test_members_of_a_vmapped_ensemble_keep_their_own_scales():
+    """Check 27."""
     tx = loss_scaling(optax.sgd(1.0), DynamicLossScale(init=4.0))
     params = jnp.zeros(3)
     state = jax.vmap(tx.init)(params)
@@ -298,6 +404,7 @@ def test_members_of_a_vmapped_ensemble_keep_their_own_scales():
 
 
 def test_members_of_a_named_axis_skip_together():
+    """Check 26."""
     tx = loss_scaling(optax.sgd(1.0), DynamicLossScale(init=4.0), axis_name="replica")
     params = jnp.zeros(3)
     state = jax.vmap(tx.init)(params)
@@ -309,6 +416,7 @@ def test_members_of_a_named_axis_skip_together():
 
 
 def test_state_fits_a_scan_carry_and_keeps_its_dtypes():
+    """Check 38."""
     tx = loss_scaling(optax.inject_hyperparams(optax.adamw)(1e-3), DynamicLossScale())
     params = {"w": jnp.ones(3)}
     state = tx.init(params)
@@ -326,6 +434,7 @@ def test_state_fits_a_scan_carry_and_keeps_its_dtypes():
 
 
 def test_donated_state_is_reused_without_a_warning(recwarn):
+    """Check 38."""
     tx = loss_scaling(optax.adam(1e-3))
     params = {"w": jnp.ones((64, 64))}
     state = tx.init(params)
@@ -425,7 +534,7 @@ for updates, scale in (shards("data"), shards(None), spmd()):
 
 @pytest.mark.slow
 def test_devices_skip_together_where_they_share_parameters():
-    """Four devices, one of which overflows. Under shard_map that takes axis_name; under SPMD nothing."""
+    """Check 26. Four devices, one of which overflows. Under shard_map that takes axis_name; under SPMD nothing."""
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     command = [sys.executable, "-c", SHARDED]
 

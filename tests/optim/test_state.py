@@ -39,6 +39,7 @@ def bits(x):
 
 
 def test_orbax_gives_back_the_same_state(tmp_path):
+    """Check 39."""
     tx = stack()
     state = stepped(tx)
     target = jax.eval_shape(tx.init, PARAMS)
@@ -57,6 +58,7 @@ def test_orbax_gives_back_the_same_state(tmp_path):
 
 
 def test_the_floor_holds_after_a_checkpoint(tmp_path):
+    """Check 18."""
     tx = stack(floor=4.0)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", stepped(tx, jnp.inf))
@@ -69,6 +71,7 @@ def test_the_floor_holds_after_a_checkpoint(tmp_path):
 
 
 def test_optax_finds_exactly_the_parameter_like_leaves():
+    """Check 40."""
     tx = loss_scaling(master_weights(optax.adamw(1e-3)), DynamicLossScale())
     state = tx.init(PARAMS)
 
@@ -81,6 +84,7 @@ def test_optax_finds_exactly_the_parameter_like_leaves():
 
 
 def test_the_state_can_be_mapped_to_anything():
+    """Check 40."""
     state = stack().init(PARAMS)
 
     assert jax.tree.leaves(jax.tree.map(lambda _: None, state)) == []
