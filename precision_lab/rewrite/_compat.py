@@ -32,15 +32,17 @@ class Inner(NamedTuple):
 JITS = frozenset(("jit", "pjit"))
 REMATS = frozenset(("remat2", "remat", "checkpoint"))
 CUSTOM_RULES = frozenset(("custom_jvp_call", "custom_vjp_call"))
-ENTERED = JITS | REMATS | CUSTOM_RULES | {"scan", "while", "cond"}
+INLINED = frozenset(("closed_call", "call"))
+LINEAR_SOLVE = "custom_linear_solve"
+ENTERED = JITS | REMATS | CUSTOM_RULES | INLINED | {"scan", "while", "cond", "shard_map", LINEAR_SOLVE}
 
 
 def inner_jaxprs(eqn: Equation) -> list[Inner]:
     """Returns the jaxprs of an equation that the interpreter enters, in a fixed order; empty for all others."""
     name, params, count = eqn.primitive.name, eqn.params, len(eqn.invars)
-    if name in JITS | REMATS:
+    if name in JITS | REMATS | {"shard_map"}:
         return [Inner(params["jaxpr"], tuple(range(count)))]
-    if name in CUSTOM_RULES:
+    if name in CUSTOM_RULES | INLINED:
         return [Inner(params["call_jaxpr"], tuple(range(count)))]
     if name == "scan":
         consts, carry = scan_arity(eqn)
@@ -55,7 +57,60 @@ def inner_jaxprs(eqn: Equation) -> list[Inner]:
         ]
     if name == "cond":
         return [Inner(branch, tuple(range(1, count))) for branch in params["branches"]]
+    if name == LINEAR_SOLVE:
+        return _linear_solve_jaxprs(params)
     return []
+
+
+def _linear_solve_jaxprs(params: dict[str, Any]) -> list[Inner]:
+    """Returns the jaxprs of a linear solve: the map, its transpose, and the solvers of both, as far as given."""
+    inner, start = [], 0
+    for jaxpr, consts in zip(params["jaxprs"], params["const_lengths"], strict=True):
+        if jaxpr is not None:
+            given = (None,) * (len(jaxpr.in_avals) - consts)
+            inner.append(Inner(jaxpr, (*range(start, start + consts), *given)))
+        start += consts
+    return inner
+
+
+def bind_linear_solve(eqn: Equation, operands: Sequence[Any], jaxprs: Sequence[Jaxpr]) -> list[Any]:
+    """Evaluates a linear solve with the jaxprs of `inner_jaxprs` replaced."""
+    new, old = iter(jaxprs), eqn.params["jaxprs"]
+    params = eqn.params | {"jaxprs": type(old)(*(None if jaxpr is None else next(new) for jaxpr in old))}
+    return list(eqn.primitive.bind(*operands, **params))
+
+
+def bind_platform_cond(eqn: Equation, operands: Sequence[Any], branches: Sequence[Jaxpr]) -> list[Any]:
+    """Evaluates a cond with its branches replaced; keeps to which platforms they belong."""
+    return list(eqn.primitive.bind(*operands, **(eqn.params | {"branches": tuple(branches)})))
+
+
+def saves_products(policy: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Returns a policy of `jax.checkpoint` that judges products of ours as it would the products that they take.
+
+    Args:
+      policy: what JAX asks of each equation: `policy(primitive, *avals, **params)`.
+      name: of the functions and the primitive that our products are.
+    """
+
+    def judge(primitive: Any, *avals: Any, **params: Any) -> Any:
+        jaxpr = None
+        if primitive.name == name:
+            jaxpr = jax.make_jaxpr(lambda *operands: primitive.impl(*operands, **params))(*avals)
+        elif primitive.name == "custom_jvp_call" and _function_name(params["call_jaxpr"]) == name:
+            jaxpr = params["call_jaxpr"]
+        for eqn in getattr(jaxpr, "eqns", ()):
+            if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
+                return policy(eqn.primitive, *(atom.aval for atom in eqn.invars), **eqn.params)
+        return policy(primitive, *avals, **params)
+
+    return judge
+
+
+def _function_name(jaxpr: Jaxpr) -> str:
+    """Returns the name of the function that was traced to a jaxpr, as far as known."""
+    info = getattr(jaxpr, "jaxpr", jaxpr).debug_info
+    return str(getattr(info, "func_src_info", "")).split(" ")[0]
 
 
 def hidden_jaxprs(eqn: Equation) -> list[Jaxpr]:
@@ -127,12 +182,13 @@ def default_precision() -> Any:
 def rule_may_hold(eqn: Equation, primitives: frozenset[str]) -> bool:
     """Returns whether the derivative rule of an equation may contain some of `primitives`.
 
-    A custom_jvp's rule is looked into; a custom_vjp's cannot be before it is differentiated.
+    A custom_jvp's rule is looked into; a custom_vjp's, or any in a shard_map, cannot be before it is differentiated.
     """
-    if eqn.primitive.name == "custom_vjp_call":
-        return True
-    if eqn.primitive.name != "custom_jvp_call":
+    if eqn.primitive.name not in CUSTOM_RULES:
         return False
+    on_mesh = any(not atom.aval.sharding.mesh.empty for atom in eqn.outvars)
+    if on_mesh or eqn.primitive.name == "custom_vjp_call":
+        return True
     tangents = len(eqn.invars) - eqn.params["num_consts"]
     return _holds(eqn.params["jvp_jaxpr_fun"].call_wrapped(*[False] * tangents)[0], primitives)
 
@@ -244,7 +300,7 @@ def bilinear_primitive(
     Args:
       name: how it prints.
       evaluate: `(lhs, rhs, **params) -> array`, in JAX; also what it is lowered to.
-      shape: `(lhs shape, rhs shape, **params) -> (shape, dtype)`.
+      shape: `(lhs shape, rhs shape, **params) -> (shape, dtype)`, for operands on no mesh; on a mesh it is derived.
       gradient_of_lhs, gradient_of_rhs: `(cotangent, lhs, rhs, **params) -> array`; of the operand asked for there is
         only `.aval`.
       batched: `((lhs, rhs), axes, **params) -> (array, axis)`, an axis being None where an operand has none.
@@ -252,7 +308,9 @@ def bilinear_primitive(
     primitive = jex.Primitive(name)
 
     def abstract(lhs: Any, rhs: Any, **params: Any) -> Any:
-        return ShapedArray(*shape(lhs.shape, rhs.shape, **params))
+        if lhs.sharding.mesh.empty:
+            return ShapedArray(*shape(lhs.shape, rhs.shape, **params))
+        return jax.make_jaxpr(lambda *operands: evaluate(*operands, **params))(lhs, rhs).out_avals[0]
 
     primitive.def_impl(evaluate)
     primitive.def_abstract_eval(abstract)

@@ -24,6 +24,7 @@ from precision_lab.rewrite import _compat
 from precision_lab.rewrite.bilinear import Term, as_matmul, convolution
 from precision_lab.rewrite.quantized import fake_quantized, have_codes, why_no_codes
 
+PRODUCT = "policy_product"  # what our products go by, as functions and as a primitive
 NATIVE = frozenset(("float16", "bfloat16", "float32", "float64"))
 FLOAT32 = format("float32")
 
@@ -243,9 +244,11 @@ def _with_derivative(op: Any, how: Casting, forward: Casting | None = None) -> C
     is the value.
     """
 
-    @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3) if forward else ())
-    def product(lhs: jax.Array, rhs: jax.Array, *raw: jax.Array) -> jax.Array:
+    def evaluate(lhs: jax.Array, rhs: jax.Array, *raw: jax.Array) -> jax.Array:
         return _evaluate(*(raw or (lhs, rhs)), op=op, how=forward or how)
+
+    evaluate.__name__ = PRODUCT
+    product = jax.custom_jvp(evaluate, nondiff_argnums=(2, 3) if forward else ())
 
     def jvp(*arguments: Any) -> tuple[jax.Array, Any]:
         *raw, (lhs, rhs), tangents = arguments
@@ -287,7 +290,7 @@ def _batched(operands: Any, axes: Any, *, op: Any, how: Casting) -> tuple[jax.Ar
 
 
 _bilinear = _compat.bilinear_primitive(
-    "policy_product",
+    PRODUCT,
     evaluate=_evaluate,
     shape=lambda lhs, rhs, *, op, how: (op.shape(lhs, rhs), how.result),
     gradient_of_lhs=_gradient_of_lhs,

@@ -14,7 +14,7 @@ import jax
 from jax import lax
 
 from precision_lab.rewrite import _compat
-from precision_lab.rewrite.cast import cast_product
+from precision_lab.rewrite.cast import PRODUCT, cast_product
 from precision_lab.rewrite.operations import Operate, as_traced, like_operand, operate, rounded
 from precision_lab.rewrite.plan import Cast, Enter, Plan
 
@@ -62,6 +62,9 @@ def _enter(step: Enter, eqn: Any, given: Values) -> Values:
     given = as_traced(eqn.invars, given)
     if name in _compat.CUSTOM_RULES:
         return _compat.bind_custom_rule(eqn, given, functools.partial(_rewritten, step))
+    if name == _compat.LINEAR_SOLVE or eqn.params.get("branches_platforms"):
+        bind = _compat.bind_linear_solve if name == _compat.LINEAR_SOLVE else _compat.bind_platform_cond
+        return bind(eqn, given, [_traced(plan, part.jaxpr) for plan, part in zip(step.plans, parts, strict=True)])
     inner = [_callable(plan, part.jaxpr) for plan, part in zip(step.plans, parts, strict=True)]
     return list(_REBUILD[name](eqn, inner, given))
 
@@ -74,15 +77,12 @@ def _callable(plan: Plan, jaxpr: Any, how: Callable[..., Values] = evaluate) -> 
 def _rewritten(step: Enter, jaxpr: Any, part: _compat.Part) -> Any:
     """Returns a jaxpr of the same signature, rewritten."""
     plan = step.replan(jaxpr, part)
-    if plan.is_empty:
-        return jaxpr
-    avals = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=getattr(a, "weak_type", False)) for a in _avals(jaxpr)]
-    return jax.make_jaxpr(_callable(plan, jaxpr))(*avals)
+    return jaxpr if plan.is_empty else _traced(plan, jaxpr)
 
 
-def _avals(jaxpr: Any) -> Values:
-    """Returns the abstract inputs of a jaxpr."""
-    return [atom.aval for atom in jaxpr.invars]
+def _traced(plan: Plan, jaxpr: Any) -> Any:
+    """Returns a jaxpr evaluated as planned, as a jaxpr again."""
+    return jax.make_jaxpr(_callable(plan, jaxpr))(*(atom.aval for atom in jaxpr.invars))
 
 
 def _jit(eqn: Any, inner: Sequence[Callable], given: Values) -> Values:
@@ -100,7 +100,8 @@ def _given_shardings(shardings: Sequence[Any]) -> Any:
 
 def _remat(eqn: Any, inner: Sequence[Callable], given: Values) -> Values:
     """Rebuilds a checkpoint."""
-    return jax.checkpoint(inner[0], prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])(*given)
+    policy = eqn.params["policy"] and _compat.saves_products(eqn.params["policy"], PRODUCT)
+    return jax.checkpoint(inner[0], prevent_cse=eqn.params["prevent_cse"], policy=policy)(*given)
 
 
 def _scan(eqn: Any, inner: Sequence[Callable], given: Values) -> Values:
@@ -131,5 +132,20 @@ def _cond(eqn: Any, inner: Sequence[Callable], given: Values) -> Values:
     return lax.switch(given[0], inner, *given[1:])
 
 
-_REBUILD = {"scan": _scan, "while": _while, "cond": _cond}
+def _shard_map(eqn: Any, inner: Sequence[Callable], given: Values) -> Values:
+    """Rebuilds a shard_map."""
+    axes = eqn.params["newly_manual_axes"]
+    options = {key: eqn.params[key] for key in ("mesh", "in_specs", "check_vma")}
+    run = jax.shard_map(inner[0], out_specs=list(eqn.params["out_specs"]), axis_names=axes, **options)
+    return run(*given)
+
+
+def _inlined(eqn: Any, inner: Sequence[Callable], given: Values) -> Values:
+    """Evaluates a call that says nothing but what it calls."""
+    del eqn
+    return inner[0](*given)
+
+
+_REBUILD = {"scan": _scan, "while": _while, "cond": _cond, "shard_map": _shard_map}
 _REBUILD |= dict.fromkeys(_compat.JITS, _jit) | dict.fromkeys(_compat.REMATS, _remat)
+_REBUILD |= dict.fromkeys(_compat.INLINED, _inlined)

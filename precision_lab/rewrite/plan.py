@@ -184,15 +184,17 @@ class Planner:
         """Plans the jaxprs inside an equation."""
         outputs: Origins = [None] * len(eqn.outvars)
         counts, first = dict(self._counts), len(self.sites)
-        plans = []
-        outside = self._reaches_operations
-        self._reaches_operations = outside and eqn.primitive.name not in _compat.CUSTOM_RULES
+        plans, of_tangents, operations = [], self._of_tangents, self._reaches_operations
+        # What a linear solve maps linearly is transposed, like a tangent.
+        self._of_tangents |= eqn.primitive.name == _compat.LINEAR_SOLVE
+        if eqn.primitive.name in _compat.CUSTOM_RULES | {_compat.LINEAR_SOLVE}:
+            self._reaches_operations = False
         for inner in _compat.inner_jaxprs(eqn):
             plan, returned = self.walk(inner.jaxpr, [None if i is None else sources[i] for i in inner.operands], scope)
             plans.append(plan)
-            if eqn.primitive.name not in ("scan", "while", "cond"):
+            if eqn.primitive.name not in ("scan", "while", "cond", _compat.LINEAR_SOLVE):
                 outputs = returned
-        self._reaches_operations = outside
+        self._of_tangents, self._reaches_operations = of_tangents, operations
         is_activation = self.policy.ops == "autocast" and _compat.function_name(eqn) in ACTIVATIONS
         empty = all(plan.is_empty for plan in plans) and not _compat.rule_may_hold(eqn, PRODUCTS)
         if empty and not is_activation:

@@ -34,10 +34,12 @@ def test_the_operands_of_a_scan_are_told_apart(consts, carry, scanned):
 
 
 def test_an_equation_that_is_not_entered_still_shows_what_it_holds():
-    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    spec = jax.sharding.PartitionSpec()
-    inside = jax.shard_map(lambda a: a @ a, mesh=mesh, in_specs=spec, out_specs=spec)
-    eqn = next(e for e in jax.make_jaxpr(inside)(jnp.ones((2, 2))).eqns if e.primitive.name == "shard_map")
+    @jax.custom_batching.custom_vmap
+    def square(a):
+        return a @ a
+
+    square.def_vmap(lambda size, batched, a: (a @ a, True))
+    eqn = next(e for e in jax.make_jaxpr(square)(jnp.ones((2, 2))).eqns if e.primitive.name == "custom_vmap_call")
 
     assert _compat.inner_jaxprs(eqn) == []
     assert [e.primitive.name for hidden in _compat.hidden_jaxprs(eqn) for e in hidden.eqns] == ["dot_general"]

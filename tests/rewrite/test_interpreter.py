@@ -36,6 +36,15 @@ def doubled_vjp(a, b):
 
 doubled_vjp.defvjp(lambda a, b: (a @ b, (a, b)), lambda kept, g: (2 * g @ kept[1].T, 2 * kept[0].T @ g))
 
+MESH = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+P = jax.sharding.PartitionSpec
+
+
+def sharded(fn, **options):
+    """Returns `fn(w, x)` with the rows of `x` sharded; with `check_vma`, types say which values differ by shard."""
+    return jax.shard_map(fn, mesh=MESH, in_specs=(P(), P("x")), out_specs=P("x"), **options)
+
+
 STRUCTURES = {
     "plain": lambda w, x: x @ w,
     "jit": lambda w, x: jax.jit(lambda w, x: x @ w)(w, x),
@@ -54,6 +63,22 @@ STRUCTURES = {
     "custom_jvp in scan": lambda w, x: lax.scan(lambda c, _: (doubled_jvp(c, w), None), x, None, length=2)[0],
     "custom_vjp in remat": lambda w, x: jax.checkpoint(lambda w, x: jnp.sin(doubled_vjp(x, w)))(w, x),
     "vmap": lambda w, x: jax.vmap(lambda row: row @ w)(x),
+    "shard_map": sharded(lambda w, x: x @ w),
+    "shard_map unchecked": sharded(lambda w, x: x @ w, check_vma=False),
+    "shard_map with psum": jax.shard_map(
+        lambda w, x: lax.psum(x @ w, "x"), mesh=MESH, in_specs=(P("x"), P(None, "x")), out_specs=P()
+    ),
+    "scan and remat in shard_map": sharded(
+        lambda w, x: lax.scan(lambda c, _: (jax.checkpoint(lambda c: c @ w)(c), None), x, None, length=2)[0]
+    ),
+    "custom_jvp in shard_map": sharded(lambda w, x: doubled_jvp(x, w)),
+    "custom_vjp in shard_map": sharded(lambda w, x: doubled_vjp(x, w), check_vma=False),
+    "platform_dependent": lambda w, x: lax.platform_dependent(
+        w, x, default=lambda w, x: x @ w, tpu=lambda w, x: 2 * x @ w
+    ),
+    "jvp": lambda w, x: jax.jvp(lambda w: x @ w @ w, (w,), (x,))[1],
+    "linearize": lambda w, x: jax.linearize(lambda w: x @ w @ w, w)[1](x),
+    "associative_scan": lambda w, x: lax.associative_scan(jnp.matmul, jnp.stack([w, x, w])),
     "nested": lambda w, x: jax.jit(
         lambda w, x: lax.scan(lambda c, _: (jax.checkpoint(lambda c: c @ w)(c), None), x, None, length=2)[0]
     )(w, x),
@@ -116,6 +141,51 @@ def test_the_float32_policy_leaves_the_jaxpr_of_a_float32_function_as_it_is(stru
     )
 
 
+def test_the_map_of_a_linear_solve_is_cast_in_the_solution_and_in_its_derivative():
+    """The oracle is the solution itself: with a map that halves, x = 2 (w b), and all numbers are exact."""
+    halves = jnp.eye(3) / 2
+
+    def solve(w, x):
+        mapped = lambda v: (w + halves) @ v - w @ v  # noqa: E731
+        return lax.custom_linear_solve(mapped, x, lambda f, b: 2 * b + 0 * f(b), lambda f, b: 2 * b + 0 * f(b))
+
+    w, x = operands()
+    under = apply_to_function(solve, BFLOAT16)
+    pulled = jax.jit(lambda w, x: jax.vjp(under, w, x)[1](x))(w, x)
+
+    assert_same_bits(jax.jit(under)(w, x), 2 * x)
+    # d(A^-1 b) = A^-1 (db - dA x): A does not depend on w, so only b has a gradient.
+    assert_same_bits(pulled[1], 2 * x)
+    np.testing.assert_array_equal(pulled[0], jnp.zeros_like(w))
+    assert {site.compute.name for site in sites_of_function(solve, BFLOAT16, w, [x], {})} == {"bfloat16"}
+    text = jax.jit(jax.grad(lambda w, x: under(w, x).sum())).lower(w, x).as_text()
+    assert "bf16" in text
+    assert not [line for line in text.splitlines() if "dot_general" in line and "bf16" not in line]
+
+
+@pytest.mark.parametrize("name", ["dots_saveable", "dots_with_no_batch_dims_saveable"])
+@pytest.mark.parametrize("operation", ["dot", "conv"])
+def test_a_remat_policy_that_saves_products_saves_those_under_a_policy(name, operation):
+    """Saved, a product runs once forward; recomputed, twice."""
+
+    def product(w, x):
+        if operation == "dot":
+            return x @ w
+        return lax.conv_general_dilated(x[None, None], w[None, None], (1, 1), "SAME")[0, 0]
+
+    def count(fn):
+        return len(products(jax.grad(fn), *operands()))
+
+    def twice(w, x):
+        return jnp.sum(jnp.sin(product(w, jnp.sin(product(w, x)))))
+
+    loss = jax.checkpoint(twice, policy=getattr(jax.checkpoint_policies, name))
+
+    assert count(apply_to_function(loss, BFLOAT16)) == count(loss)
+    # Two forward and three gradients, since x needs none; a convolution counts as a product to the first policy only.
+    assert count(loss) == 5 + 2 * (operation == "conv" and name != "dots_saveable")
+
+
 def test_what_a_policy_must_leave_alone_is_bit_identical_and_listed_with_its_reason():
     def mixed(params, n, x64):
         exact = jnp.einsum("i,j->ij", n.astype(jnp.float32), params["w"][0], precision="highest")
@@ -148,15 +218,14 @@ def test_a_policy_that_reaches_nothing_warns():
 
 
 def test_products_inside_what_is_not_entered_are_listed():
-    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    spec = jax.sharding.PartitionSpec()
-    inside = jax.shard_map(lambda w, x: x @ w, mesh=mesh, in_specs=(spec, spec), out_specs=spec)
+    inside = jax.custom_batching.custom_vmap(lambda w, x: x @ w)
+    inside.def_vmap(lambda size, batched, w, x: (x @ w, True))
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         table = sites_of_function(inside, BFLOAT16, operands()[0], operands()[1:], {})
 
-    assert [site.reason for site in table] == ["inside shard_map, which policies do not enter"]
+    assert [site.reason for site in table] == ["inside custom_vmap_call, which policies do not enter"]
 
 
 def test_rules_act_on_the_sites_they_name_and_no_others():
