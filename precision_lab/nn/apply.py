@@ -39,9 +39,9 @@ def apply_policy(target: Target, policy: Any) -> Target:
       TypeError: `target` is none of these.
       ValueError: the policy cannot be parsed; on a call, a rule that matches no site.
 
-    The policy acts on calls: `model(...)` in NNX, `apply` (with any `method=`) in Linen. Another method of an NNX model
-    called from outside, such as `model.encode(x)`, runs without it, as does `flax.linen.apply`; make a function of the
-    parameters from it and apply the policy to that.
+    The policy acts on calls from outside: `model(...)` and every other public method in NNX (`model.encode(x)`),
+    `apply` with any `method=` in Linen, where `bind` and `flax.linen.apply` are refused. Rules must each match a site
+    of the model's `__call__`. Models under a policy can be copied and pickled, if their classes can.
     """
     policy = Policy.parse(policy)
     if isinstance(target, nnx.Module):

@@ -11,9 +11,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import linen
+from flax.core import Scope
 
 from precision_lab.policy import Policy
 from precision_lab.rewrite import SiteTable, call, sites_of_function
+
+LIFTED = ("Scan", "Vmap", "Checkpoint", "Remat", "Jit")  # how Linen names the classes that its transformations make
 
 
 def linen_under_policy(module: linen.Module, policy: Policy) -> Any:
@@ -32,9 +35,9 @@ def linen_sites(module: linen.Module, policy: Policy, args: Any, kwargs: Any, *,
     """Returns the sites of `module.apply(*args, **kwargs)` under `policy`; see `sites_of_function`."""
     variables, *others = args
     params, rest = _split(variables)
-    root = _plain_class(type(module)).__name__
-    call_args = [rest, tuple(others), kwargs]
-    return sites_of_function(_apply(module), policy, params, call_args, {}, root=root, everything=everything)
+    root, types = _plain_class(type(module)).__name__, {}
+    fn, call_args = _apply(module, types), [rest, tuple(others), kwargs]
+    return sites_of_function(fn, policy, params, call_args, {}, root=root, types=types, everything=everything)
 
 
 @functools.cache
@@ -43,6 +46,11 @@ def _class_under_policy(plain: Any, policy: Policy) -> type:
 
     def __post_init__(self: Any) -> None:  # noqa: N807
         plain.__post_init__(self)
+        if isinstance(self.parent, Scope):
+            raise ValueError(
+                f"{plain.__name__} under a policy cannot be bound to a scope, where it would run without it (as in "
+                "flax.linen.apply); call apply(variables, ..., method=fn), which takes functions of the module too."
+            )
         if isinstance(self.parent, linen.Module):
             raise ValueError(
                 f"{plain.__name__} under a policy cannot be a part of {type(self.parent).__name__}: apply the policy "
@@ -51,7 +59,9 @@ def _class_under_policy(plain: Any, policy: Policy) -> type:
 
     def apply(self: Any, variables: Any, *args: Any, **kwargs: Any) -> Any:
         params, rest = _split(variables)
-        out = call(_apply(self), policy, params, [rest, args, kwargs], {}, root=plain.__name__)
+        types: dict[str, str] = {}
+        options = {"root": plain.__name__, "types": types, "every_rule": kwargs.get("method") is None}
+        out = call(_apply(self, types), policy, params, [rest, args, kwargs], {}, **options)
         if kwargs.get("mutable") or kwargs.get("capture_intermediates"):
             return policy.cast_to_output(out[0]), out[1]
         return policy.cast_to_output(out)
@@ -60,6 +70,13 @@ def _class_under_policy(plain: Any, policy: Policy) -> type:
         params, rest = _split(_as_class(self, plain).init(*args, **kwargs))
         return _join(policy.cast_to_param(params), rest)
 
+    def lazy_init(self: Any, *args: Any, **kwargs: Any) -> Any:
+        params, rest = _split(_as_class(self, plain).lazy_init(*args, **kwargs))
+        return _join(policy.cast_to_param(params), rest)
+
+    def tabulate(self: Any, *args: Any, **kwargs: Any) -> str:
+        return _as_class(self, plain).tabulate(*args, **kwargs)
+
     def init_with_output(self: Any, rngs: Any, *args: Any, **kwargs: Any) -> Any:
         variables = self.init(rngs, *args, **kwargs)
         kwargs.pop("mutable", None)
@@ -67,22 +84,53 @@ def _class_under_policy(plain: Any, policy: Policy) -> type:
 
     def bind(self: Any, *_: Any, **__: Any) -> Any:
         raise ValueError(
-            f"{plain.__name__} under a policy has no bind, which would run without it; call apply instead."
+            f"{plain.__name__} under a policy has no bind, which would run without it; call apply(variables, ..., "
+            "method=fn) instead, which takes functions of the module too."
         )
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: N807
+        return _unpickled, (_as_class(self, plain), str(policy))
 
     names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
     cls = type(plain)(plain.__name__, (plain,), {**names, "__post_init__": __post_init__})
-    for name, method in {"apply": apply, "init": init, "init_with_output": init_with_output, "bind": bind}.items():
+    methods = {"apply": apply, "init": init, "init_with_output": init_with_output, "bind": bind}
+    methods |= {"lazy_init": lazy_init, "tabulate": tabulate, "__reduce_ex__": __reduce_ex__}
+    for name, method in methods.items():
         # Set afterwards, because Linen wraps the methods that a class is created with.
         setattr(cls, name, functools.wraps(getattr(plain, name))(method))
     cls._plain_class, cls.precision_policy = plain, policy  # pyright: ignore[reportAttributeAccessIssue]
     return cls
 
 
-def _apply(module: linen.Module) -> Callable[[Any, Any, Any, Any], Any]:
-    """Returns `apply` of the module as its author wrote it, as a function of (params, rest, args, kwargs)."""
+def _unpickled(module: Any, policy: str) -> Any:
+    """Returns a module under the policy that a string describes."""
+    return linen_under_policy(module, Policy.parse(policy))
+
+
+def _apply(module: linen.Module, types: dict[str, str]) -> Callable[[Any, Any, Any, Any], Any]:
+    """Returns `apply` of the module as its author wrote it, as a function of (params, rest, args, kwargs).
+
+    When called, it notes in `types` the type name of each module by path.
+    """
     plain = _as_class(module, _plain_class(type(module)))
-    return lambda params, rest, args, kwargs: plain.apply(_join(params, rest), *args, **kwargs)
+
+    def note(method: Callable, args: Any, kwargs: Any, context: Any) -> Any:
+        # The first is the outermost: inside a lifted transformation, a module may go by the root's empty path.
+        types.setdefault("/".join(context.module.path), _type_name(type(context.module)))
+        return method(*args, **kwargs)
+
+    def fn(params: Any, rest: Any, args: Any, kwargs: Any) -> Any:
+        with linen.intercept_methods(note):
+            return plain.apply(_join(params, rest), *args, **kwargs)
+
+    return fn
+
+
+def _type_name(cls: type) -> str:
+    """Returns the name of a module's class, without what a transformation puts before it (`ScanBlock`)."""
+    while any(cls.__name__ == prefix + cls.__mro__[1].__name__ for prefix in LIFTED):
+        cls = cls.__mro__[1]
+    return cls.__name__
 
 
 def _as_class(module: linen.Module, cls: Any) -> Any:

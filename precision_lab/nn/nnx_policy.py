@@ -1,6 +1,6 @@
-"""NNX models under a policy: a copy whose class runs `__call__` through the rewrite.
+"""NNX models under a policy: a copy whose class runs its methods through the rewrite.
 
-The copy's root and its callable submodules get subclasses of their own classes: the root's applies the policy, the
+The copy's root and its submodules get subclasses of their own classes: the root's applies the policy, the
 others' open a name scope, because NNX leaves no module paths in a jaxpr. Subclasses survive `nnx.split`, `nnx.merge`
 and every NNX transformation, which keep a node's type and no more. All use of NNX beyond its everyday API is here.
 """
@@ -8,6 +8,8 @@ and every NNX transformation, which keep a node's type and no more. All use of N
 from __future__ import annotations
 
 import functools
+import inspect
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,7 +25,7 @@ def nnx_under_policy(model: nnx.Module, policy: Policy) -> Any:
     copy = nnx.clone(model)
     nnx.update(copy, policy.cast_to_param(nnx.state(copy, nnx.Param)))
     plain = _plain_class(type(copy))
-    if not _is_called(plain):
+    if isinstance(copy, CONTAINERS) or not _methods(plain):
         raise TypeError(f"{plain.__name__} has no __call__; apply the policy to a function of its parameters instead.")
     _open_scopes(copy)
     copy.__class__ = _class_under_policy(plain, policy)
@@ -42,40 +44,58 @@ def nnx_sites(model: nnx.Module, policy: Policy, args: Any, kwargs: Any, *, ever
     def trace(arrays: dict[int, Any]) -> None:
         # NNX takes arrays apart, and structs for constants; so under a trace, where structs are arrays.
         args, kwargs = jax.tree.unflatten(tree, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
-        pure = _pure(plain, copy, args, kwargs)
-        tables.append(sites_of_function(pure.fn, policy, pure.params, [pure.rest], {}, everything=everything))
+        pure = _pure(plain, "__call__", copy, args, kwargs)
+        options = {"types": _types(copy), "everything": everything}
+        tables.append(sites_of_function(pure.fn, policy, pure.params, [pure.rest], {}, **options))
 
     jax.eval_shape(trace, structs)
     return tables[0]
 
 
+CONTAINERS = (nnx.List, nnx.Dict)
+
+
+class _HandsOutAPartError(Exception):
+    """A method returned modules or variables, which must stay those of the model."""
+
+
 class _Pure(NamedTuple):
     """A call of a model as a pure function of (params by path, everything else), with these arguments."""
 
-    fn: Callable[[dict[str, Any], Any], tuple[Any, Any]]
+    fn: Callable[[dict[str, Any], Any], tuple[Any, Any, Any]]
     params: dict[str, Any]
     rest: Any
 
 
-def _pure(plain: type, model: nnx.Module, args: Any, kwargs: Any) -> _Pure:
-    """Takes a call apart; `fn` returns (output, state of the variables that the call changed or made)."""
+def _pure(plain: type, method: str, model: nnx.Module, args: Any, kwargs: Any) -> _Pure:
+    """Takes a call apart; `fn` returns (output, state of the variables that it changed or made, plain attributes)."""
     graphdef, params, rest = nnx.split((model, args, kwargs), nnx.Param, ...)
     flat = dict(nnx.to_flat_state(params))
     names = {path: "/".join(map(str, path[1:] if path[0] == 0 else path)) for path in flat}  # (0,) is the model
 
-    def fn(arrays: dict[str, Any], rest: Any) -> tuple[Any, Any]:
+    def fn(arrays: dict[str, Any], rest: Any) -> tuple[Any, Any, Any]:
         given = [(path, variable.replace(arrays[names[path]])) for path, variable in flat.items()]
         call = nnx.merge(graphdef, nnx.from_flat_state(given), rest)
-        before = _values(call)
-        out = plain.__call__(call[0], *call[1], **call[2])
+        call[0].__class__ = plain  # so that methods that call others are one call
+        before, attributes = _values(call), _attributes(call[0])
+        out = getattr(plain, method)(call[0], *call[1], **call[2])
+        if any(isinstance(leaf, (nnx.Module, nnx.Variable)) for leaf in jax.tree.leaves(out, is_leaf=_is_node)):
+            raise _HandsOutAPartError
         changed = [
             (path, variable)
             for path, variable in nnx.to_flat_state(nnx.state(call, nnx.Variable))
             if path not in before or variable.get_raw_value() is not before[path]
         ]
-        return out, nnx.from_flat_state(changed)
+        missing = object()
+        moved = [(*key, v) for key, v in _attributes(call[0]).items() if attributes.get(key, missing) is not v]
+        return out, nnx.from_flat_state(changed), moved
 
     return _Pure(fn, {names[path]: variable.get_raw_value() for path, variable in flat.items()}, rest)
+
+
+def _is_node(value: Any) -> bool:
+    """Returns whether a value is a part of a model."""
+    return isinstance(value, (nnx.Pytree, nnx.Variable))
 
 
 def _values(node: Any) -> dict[Any, Any]:
@@ -83,36 +103,105 @@ def _values(node: Any) -> dict[Any, Any]:
     return {path: variable.get_raw_value() for path, variable in nnx.to_flat_state(nnx.state(node, nnx.Variable))}
 
 
+def _attributes(model: nnx.Module) -> dict[tuple[str, str], Any]:
+    """Returns the attributes of modules that are neither variables nor modules, by path and name."""
+    return {
+        ("/".join(map(str, path)), name): value
+        for path, module in nnx.iter_modules(model)
+        if not isinstance(module, CONTAINERS)
+        for name, value in vars(module).items()
+        if not name.startswith("_pytree__") and not _is_node(value)
+    }
+
+
 @functools.cache
 def _class_under_policy(plain: type, policy: Policy) -> type:
     """Returns the subclass of `plain` whose calls follow `policy`; the same one each time, as jit caches need."""
 
-    @functools.wraps(plain.__call__)
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        pure = _pure(plain, self, args, kwargs)
-        out, changed = call(pure.fn, policy, pure.params, [pure.rest], {})
-        nnx.update((self, args, kwargs), changed)
-        return policy.cast_to_output(out)
+    def under_policy(name: str) -> Callable[..., Any]:
+        @functools.wraps(getattr(plain, name))
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            pure = _pure(plain, name, self, args, kwargs)
+            options = {"types": _types(self), "every_rule": name == "__call__"}
+            try:
+                out, changed, moved = call(pure.fn, policy, pure.params, [pure.rest], {}, **options)
+            except _HandsOutAPartError:
+                return getattr(plain, name)(self, *args, **kwargs)
+            _write_back(self, args, kwargs, changed, moved)
+            return policy.cast_to_output(out)
 
-    return _subclass(plain, {"__call__": __call__, "precision_policy": policy})
+        return method
+
+    members = {name: under_policy(name) for name in _methods(plain)}
+    return _subclass(plain, {**members, "precision_policy": policy}, (_class_from_text, plain, str(policy)))
+
+
+def _write_back(model: nnx.Module, args: Any, kwargs: Any, changed: nnx.State, moved: Any) -> None:
+    """Gives the model, and modules among the arguments, what a call changed: variables and plain attributes."""
+    modules = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    updates = []
+    for path, variable in nnx.to_flat_state(changed):
+        module = modules.get("/".join(map(str, path[1:-1]))) if path[0] == 0 else None
+        if module is not None and not _is_node(getattr(module, str(path[-1]), variable)):
+            setattr(module, str(path[-1]), variable)  # A variable in place of something else, such as None.
+        else:
+            updates.append((path, variable))
+    nnx.update((model, args, kwargs), nnx.from_flat_state(updates))
+    for path, name, value in moved:
+        setattr(modules[path], name, value)
+
+
+def _class_from_text(plain: type, policy: str) -> type:
+    """Returns the class under the policy that a string describes; for pickles."""
+    return _class_under_policy(plain, Policy.parse(policy))
+
+
+class _OpenScopes(threading.local):
+    """The paths of the modules whose methods are running, innermost last."""
+
+    def __init__(self) -> None:
+        self.paths: list[str] = []
+
+
+_open = _OpenScopes()
 
 
 @functools.cache
-def _class_in_scope(plain: type, scope: str) -> type:
-    """Returns the subclass of `plain` whose calls open the name scope `scope`."""
+def _class_in_scope(plain: type, scope: str, path: str) -> type:
+    """Returns the subclass of `plain` whose methods open the name scope `scope`, unless they are in it already."""
 
-    @functools.wraps(plain.__call__)
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        with jax.named_scope(scope):
-            return plain.__call__(self, *args, **kwargs)
+    def in_scope(name: str) -> Callable[..., Any]:
+        @functools.wraps(getattr(plain, name))
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if _open.paths[-1:] == [path]:
+                return getattr(plain, name)(self, *args, **kwargs)
+            _open.paths.append(path)
+            try:
+                with jax.named_scope(scope):
+                    return getattr(plain, name)(self, *args, **kwargs)
+            finally:
+                _open.paths.pop()
 
-    return _subclass(plain, {"__call__": __call__})
+        return method
+
+    return _subclass(plain, {name: in_scope(name) for name in _methods(plain)}, (_class_in_scope, plain, scope, path))
 
 
-def _subclass(plain: type, members: dict[str, Any]) -> type:
-    """Returns a subclass that goes by the name of `plain`."""
+def _subclass(plain: type, members: dict[str, Any], recipe: tuple[Any, ...]) -> type:
+    """Returns a subclass that goes by the name of `plain`, and whose instances are pickled by its recipe."""
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: N807
+        del protocol
+        return _empty, recipe, self.__getstate__()
+
     names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-    return type(plain)(plain.__name__, (plain,), {**names, **members, "_plain_class": plain})
+    members = {**names, **members, "__reduce_ex__": __reduce_ex__, "_plain_class": plain}
+    return type(plain)(plain.__name__, (plain,), members)
+
+
+def _empty(recipe: Callable[..., type], *args: Any) -> Any:
+    """Returns an instance without attributes of the class that a recipe makes; for pickles."""
+    return object.__new__(recipe(*args))
 
 
 def _plain_class(cls: type) -> type:
@@ -120,15 +209,31 @@ def _plain_class(cls: type) -> type:
     return cls.__dict__.get("_plain_class", cls)
 
 
-def _is_called(cls: type) -> bool:
-    """Returns whether instances of `cls` can be called; containers such as `nnx.List` cannot."""
-    return any("__call__" in base.__dict__ for base in cls.__mro__)
+@functools.cache
+def _methods(cls: type) -> tuple[str, ...]:
+    """Returns the names of `__call__` and of the public methods that a class has beyond every module's."""
+    own = [base for base in cls.__mro__ if issubclass(base, nnx.Pytree) and not issubclass(nnx.Module, base)]
+    names = dict.fromkeys(name for base in own for name in vars(base) if name == "__call__" or name[0] != "_")
+    functions = {name: inspect.getattr_static(cls, name) for name in names}
+    # A generator runs as its values are asked for; what it calls on the model follows the policy by itself.
+    return tuple(n for n, f in functions.items() if inspect.isfunction(f) and not inspect.isgeneratorfunction(f))
+
+
+def _types(model: nnx.Module) -> dict[str, str]:
+    """Returns the type name of each module by path."""
+    return {
+        "/".join(map(str, path)): _plain_class(type(module)).__name__
+        for path, module in nnx.iter_modules(model)
+        if not isinstance(module, CONTAINERS)
+    }
 
 
 def _open_scopes(model: nnx.Module) -> None:
-    """Gives each callable submodule of `model` a subclass that opens its part of the path, in place."""
-    modules = [(path, module) for path, module in nnx.iter_modules(model) if path and _is_called(type(module))]
-    called = {path for path, _ in modules}
+    """Gives each submodule of `model` a subclass that opens its part of the path, in place."""
+    modules = [(p, m) for p, m in nnx.iter_modules(model) if p and not isinstance(m, CONTAINERS)]
+    called = {path for path, module in modules if _methods(_plain_class(type(module)))}
     for path, module in modules:
-        above = max((len(path[:n]) for n in range(len(path)) if path[:n] in called), default=0)
-        module.__class__ = _class_in_scope(_plain_class(type(module)), "/".join(map(str, path[above:])))
+        if path in called:
+            above = max((len(path[:n]) for n in range(len(path)) if path[:n] in called), default=0)
+            scope, whole = ("/".join(map(str, part)) for part in (path[above:], path))
+            module.__class__ = _class_in_scope(_plain_class(type(module)), scope, whole)

@@ -171,6 +171,25 @@ class Policy(Treatment):
         """Returns `tree` with its floating arrays in the output dtype; see `cast_floating` for what stays."""
         return cast_floating(tree, self.output.dtype)
 
+    def kwargs(self, path: str = "") -> dict[str, Any]:
+        """Returns what a layer's constructor takes under this policy, for those who thread dtypes by hand.
+
+        `nnx.Linear(8, 8, **policy.kwargs("head/kernel"), rngs=rngs)`, `linen.Dense(8, **policy.kwargs("head/kernel"))`.
+        Flax then casts the operands, accumulates as its layers do, and leaves the backward products to JAX.
+
+        Args:
+          path: a site, for its rules; empty for none.
+
+        Returns:
+          `dtype`, the compute format's, and `param_dtype`, the params format's.
+
+        Raises:
+          ValueError: the compute format there has no dtype that arrays can have.
+        """
+        compute = self.at(path)[0] if path else self.compute
+        _require_storable("compute", compute)
+        return {"dtype": compute.dtype, "param_dtype": self.params.dtype}
+
     def to_jmp(self) -> jmp.Policy:
         """Returns the jmp policy of the same three dtypes.
 

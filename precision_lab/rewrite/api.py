@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -55,20 +55,30 @@ def apply_to_function(fn: Callable, policy: Policy) -> Callable:
 
 
 def call(
-    fn: Callable, policy: Policy, params: Any, args: Sequence[Any], kwargs: dict[str, Any], *, root: str = ""
+    fn: Callable,
+    policy: Policy,
+    params: Any,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    *,
+    root: str = "",
+    types: Mapping[str, str] | None = None,
+    every_rule: bool = True,
 ) -> Any:
     """Returns `fn(params, *args, **kwargs)` with its products under `policy`; its outputs keep their dtypes.
 
     Args:
       fn, policy, params, args, kwargs: as in `apply_to_function`.
       root: name scope to leave out of site paths.
+      types: type names of modules by path; read after tracing, so that `fn` may fill it.
+      every_rule: whether each rule has to match; false for a part of a model.
 
     Raises:
       ValueError: a rule matches no site, or the policy needs 64-bit mode.
     """
     _require_x64(policy)
     traced = trace(fn, params, args, kwargs)
-    plan, _ = planned(traced, policy, root)
+    plan, _ = planned(traced, policy, root, types, every_rule)
     return traced.rebuild(evaluate(plan, traced.jaxpr, traced.jaxpr.consts, traced.arrays))
 
 
@@ -80,6 +90,7 @@ def sites_of_function(
     kwargs: dict[str, Any],
     *,
     root: str = "",
+    types: Mapping[str, str] | None = None,
     everything: bool = False,
 ) -> SiteTable:
     """Returns the sites of `fn(params, *args, **kwargs)` under `policy`; nothing is executed.
@@ -87,18 +98,27 @@ def sites_of_function(
     Arguments may be arrays or `jax.ShapeDtypeStruct`s. Products are listed, and what a rule names; with `everything`
     every operation on floating arrays.
     """
-    return planned(trace(fn, params, args, kwargs), policy, root, everything=everything)[1]
+    return planned(trace(fn, params, args, kwargs), policy, root, types, everything=everything)[1]
 
 
-def planned(traced: Traced, policy: Policy, root: str, *, everything: bool = False) -> tuple[Plan, SiteTable]:
+def planned(
+    traced: Traced,
+    policy: Policy,
+    root: str,
+    types: Mapping[str, str] | None = None,
+    *,
+    every_rule: bool = True,
+    everything: bool = False,
+) -> tuple[Plan, SiteTable]:
     """Returns the plan and the sites of a traced function.
 
     Raises:
       ValueError: a rule of the policy matches no site.
     """
-    planner = Planner(policy, root, everything=everything)
+    planner = Planner(policy, root, types, everything=everything)
     plan, _ = planner.walk(traced.jaxpr, traced.origins)
-    planner.require_every_rule_used()
+    if every_rule:
+        planner.require_every_rule_used()
     table = planner.table()
     products = [site for site in table if site.is_product]
     if products and all(site.reason for site in products):

@@ -22,7 +22,7 @@ from precision_lab.policy.treatment import default_accum
 from precision_lab.rewrite import _compat
 from precision_lab.rewrite.cast import Casting, casting_of
 from precision_lab.rewrite.operations import CASTABLE, Operate, is_castable
-from precision_lab.rewrite.sites import FULL_PRECISION, PRODUCTS, Site, SiteTable, clean_scope
+from precision_lab.rewrite.sites import FULL_PRECISION, PRODUCTS, Site, SiteTable, clean_scope, module_types
 
 UNSUPPORTED = frozenset(("ragged_dot_general", "ragged_dot"))
 LAYOUT = frozenset(
@@ -81,12 +81,16 @@ class Planner:
 
     Attributes:
       policy, root: what to apply, and the name scope to leave out of site paths.
+      types: type names of modules by path, see `module_types`.
       sites: what was found so far.
     """
 
-    def __init__(self, policy: Policy, root: str = "", *, everything: bool = False) -> None:
+    def __init__(
+        self, policy: Policy, root: str = "", types: Mapping[str, str] | None = None, *, everything: bool = False
+    ) -> None:
         self.policy = policy
         self.root = root
+        self.types = types or {}
         self._everything = everything
         self.sites: list[Site] = []
         self._counts: collections.Counter[tuple[str, str]] = collections.Counter()
@@ -105,7 +109,7 @@ class Planner:
           call: for a derivative rule, the sites of the function that it belongs to; None for the function itself.
           of_tangents: whether operands may be tangents.
         """
-        planner = Planner(self.policy, self.root)
+        planner = Planner(self.policy, self.root, self.types)
         planner._counts = collections.Counter(counts)
         planner._default_precision = self._default_precision
         planner._call = self._call if call is None else call
@@ -270,8 +274,8 @@ class Planner:
         index = self._counts[path, op]
         self._counts[path, op] += 1
         operands = tuple(_describe(atom.aval) for atom in eqn.invars)
-        out = _describe(eqn.outvars[0].aval)
-        return Site(path, op, index, parameter is not None, operands, out, _flops(eqn))
+        out, module = _describe(eqn.outvars[0].aval), module_types(path, self.types)
+        return Site(path, op, index, parameter is not None, operands, out, _flops(eqn), module=module)
 
     def _report_hidden(self, jaxpr: Any, scope: str, holder: str) -> None:
         """Records the products inside an equation that is not entered, so that they are not passed over in silence."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from precision_lab.formats import Format
@@ -31,6 +31,7 @@ class Site:
       flops: multiplications and additions of one execution, forward; 0 for what is not a product.
       treatment: what the policy makes of it; None where the site is left alone.
       reason: why the site is left alone; empty where it is not.
+      module: type names of the modules around it, outermost first ("GPT/EncoderBlock/LayerNorm"); empty in functions.
     """
 
     path: str
@@ -42,6 +43,7 @@ class Site:
     flops: int
     treatment: Treatment | None = None
     reason: str = ""
+    module: str = ""
 
     @property
     def lhs(self) -> str:
@@ -161,3 +163,15 @@ def clean_scope(scope: str, root: str = "") -> str:
     return "/".join(
         part for part in parts if part not in ("", "rematted_computation", "checkpoint", root) and "->" not in part
     )
+
+
+def module_types(path: str, types: Mapping[str, str]) -> str:
+    """Returns the type names of the modules that a path leads through, outermost first.
+
+    Args:
+      path: of a site.
+      types: the type name of each module by its path, the root's being empty.
+    """
+    parts = path.split("/")
+    prefixes = ["/".join(parts[:n]) for n in range(len(parts) + 1)]
+    return "/".join(types[prefix] for prefix in dict.fromkeys(prefixes) if prefix in types)
