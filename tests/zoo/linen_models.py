@@ -129,13 +129,13 @@ class GPTBlock(nn.Module):
 class GPT(nn.Module):
     """A decoder with its layers scanned and rematerialised, and tied embeddings."""
 
-    policy: str = "nothing_saveable"
+    saved: str = "nothing_saveable"
 
     @nn.compact
     def __call__(self, tokens):
         embed = nn.Embed(11, 8)
         x = embed(tokens) + self.param("position", nn.initializers.normal(0.02), (tokens.shape[1], 8))
-        block = nn.remat(GPTBlock, prevent_cse=False, policy=getattr(jax.checkpoint_policies, self.policy))
+        block = nn.remat(GPTBlock, prevent_cse=False, policy=getattr(jax.checkpoint_policies, self.saved))
         layers = nn.scan(
             block,
             variable_axes={"params": 0},

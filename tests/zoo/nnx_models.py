@@ -156,7 +156,7 @@ class ViT(nnx.Module):
 class GPT(nnx.Module):
     """A decoder with its layers made by vmap, scanned and rematerialised, and tied embeddings."""
 
-    def __init__(self, rngs, policy="nothing_saveable"):
+    def __init__(self, rngs, saved="nothing_saveable"):
         @nnx.split_rngs(splits=3)
         @nnx.vmap
         def block(rngs):
@@ -165,13 +165,13 @@ class GPT(nnx.Module):
         self.embed = nnx.Embed(11, 8, rngs=rngs)
         self.layers = block(rngs)
         self.norm = nnx.LayerNorm(8, rngs=rngs)
-        self.policy = policy
+        self.saved = saved
 
     def __call__(self, tokens):
         mask = nnx.make_causal_mask(tokens)
 
         @nnx.scan(in_axes=(nnx.Carry, 0, None), out_axes=nnx.Carry)
-        @nnx.remat(prevent_cse=False, policy=getattr(jax.checkpoint_policies, self.policy))
+        @nnx.remat(prevent_cse=False, policy=getattr(jax.checkpoint_policies, self.saved))
         def layers(x, block, mask):
             return block(x, mask)
 
