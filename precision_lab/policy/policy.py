@@ -186,7 +186,7 @@ class Policy(Treatment):
         Raises:
           ValueError: the compute format there has no dtype that arrays can have.
         """
-        compute = self.at(path)[0] if path else self.compute
+        compute = self.at(path).compute if path else self.compute
         _require_storable("compute", compute)
         return {"dtype": compute.dtype, "param_dtype": self.params.dtype}
 

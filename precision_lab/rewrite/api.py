@@ -78,7 +78,7 @@ def call(
     """
     _require_x64(policy)
     traced = trace(fn, params, args, kwargs)
-    plan, _ = planned(traced, policy, root, types, every_rule)
+    plan, _ = planned(traced, policy, root, types, every_rule=every_rule)
     return traced.rebuild(evaluate(plan, traced.jaxpr, traced.jaxpr.consts, traced.arrays))
 
 

@@ -323,7 +323,8 @@ def _combined(sources: Origins) -> Any:
 
 def _names(site: Site) -> tuple[str, ...]:
     """Returns what a rule's pattern may match of a site."""
-    return (site.path, site.name, site.full_name)
+    types = site.module.split("/") if site.module else ()
+    return (site.path, site.name, site.full_name, *(f"@{name}" for name in types))
 
 
 def _is_full_precision(scope: str) -> bool:

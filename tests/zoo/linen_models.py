@@ -9,7 +9,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x):
         for width in (16, 16):
-            x = nn.relu(nn.Dense(width)(x))
+            x = nn.gelu(nn.Dense(width)(x))
         return nn.Dense(3)(x)
 
 
@@ -97,11 +97,11 @@ class Translator(nn.Module):
 class VAE(nn.Module):
     @nn.compact
     def __call__(self, x):
-        hidden = nn.relu(nn.Dense(16)(x))
+        hidden = nn.gelu(nn.Dense(16)(x))
         mean, log_variance = nn.Dense(4, name="mean")(hidden), nn.Dense(4, name="log_variance")(hidden)
         noise = jax.random.normal(self.make_rng("noise"), mean.shape)
         z = mean + jnp.exp(0.5 * log_variance) * noise
-        return nn.Dense(x.shape[-1])(nn.relu(nn.Dense(16)(z))), mean, log_variance
+        return nn.Dense(x.shape[-1])(nn.gelu(nn.Dense(16)(z))), mean, log_variance
 
 
 class ViT(nn.Module):

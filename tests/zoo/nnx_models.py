@@ -13,7 +13,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x):
         for layer in self.layers[:-1]:
-            x = nnx.relu(layer(x))
+            x = nnx.gelu(layer(x))
         return self.layers[-1](x)
 
 
@@ -118,11 +118,11 @@ class VAE(nnx.Module):
     def __init__(self, rngs):
         self.hidden = nnx.Linear(6, 16, rngs=rngs)
         self.mean, self.log_variance = nnx.Linear(16, 4, rngs=rngs), nnx.Linear(16, 4, rngs=rngs)
-        self.decoder = nnx.Sequential(nnx.Linear(4, 16, rngs=rngs), nnx.relu, nnx.Linear(16, 6, rngs=rngs))
+        self.decoder = nnx.Sequential(nnx.Linear(4, 16, rngs=rngs), nnx.gelu, nnx.Linear(16, 6, rngs=rngs))
         self.rngs = rngs
 
     def encode(self, x):
-        hidden = nnx.relu(self.hidden(x))
+        hidden = nnx.gelu(self.hidden(x))
         return self.mean(hidden), self.log_variance(hidden)
 
     def generate(self, z):

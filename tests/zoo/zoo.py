@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -100,7 +101,7 @@ def nnx_program(model: Any, *inputs: Any) -> Program:
 def _draw(path: Any, like: Any) -> Any:
     """Draws a variable of the size that initialisers give it."""
     names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
-    seed = sum(map(ord, "/".join(names)))
+    seed = zlib.crc32("/".join(names).encode())
     if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
         return jax.random.split(jax.random.key(seed), like.shape) if like.shape else jax.random.key(seed)
     if not jnp.issubdtype(like.dtype, jnp.floating):
