@@ -13,7 +13,7 @@ _HOME = {
     "formats": ("FORMATS", "Format", "format", "round_to", "stack_formats"),
     "quant": ("QTensor", "Quantizer", "fake_quantize", "quantize", "quantizer"),
     "policy": ("PRESETS", "Policy"),
-    "rewrite": ("full_precision",),
+    "rewrite": ("full_precision", "mark"),
     "nn": ("apply_policy", "explain", "sites"),
     "optim": (
         "DynamicLossScale",
@@ -30,6 +30,7 @@ _HOME = {
         "stochastic_rounding",
         "value_and_scaled_grad",
     ),
+    "telemetry": ("compare", "observe", "observed", "tensor_stats", "tree_stats"),
     "models": ("register_model",),
     "data": ("register_data",),
     "runner": ("load", "run"),
@@ -70,8 +71,14 @@ if TYPE_CHECKING:
     from precision_lab.quant import quantize as quantize
     from precision_lab.quant import quantizer as quantizer
     from precision_lab.rewrite import full_precision as full_precision
+    from precision_lab.rewrite import mark as mark
     from precision_lab.runner import load as load
     from precision_lab.runner import run as run
+    from precision_lab.telemetry import compare as compare
+    from precision_lab.telemetry import observe as observe
+    from precision_lab.telemetry import observed as observed
+    from precision_lab.telemetry import tensor_stats as tensor_stats
+    from precision_lab.telemetry import tree_stats as tree_stats
 
 
 def __getattr__(name: str) -> Any:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 from flax import linen, nnx
 
 from precision_lab.nn.linen_policy import linen_sites, linen_under_policy
 from precision_lab.nn.nnx_policy import nnx_sites, nnx_under_policy
+from precision_lab.nn.pure import require_function
 from precision_lab.policy import Policy
 from precision_lab.rewrite import SiteTable, apply_to_function, sites_of_function
 
@@ -48,7 +48,7 @@ def apply_policy(target: Target, policy: Any) -> Target:
         return nnx_under_policy(target, policy)
     if isinstance(target, linen.Module):
         return linen_under_policy(target, policy)
-    _require_function(target)
+    require_function(target)
     return apply_to_function(target, policy)  # pyright: ignore[reportReturnType, reportArgumentType]
 
 
@@ -87,13 +87,6 @@ def _sites(target: Any, policy: Any, args: Any, kwargs: Any, *, everything: bool
             return nnx_sites(target, policy, args, kwargs, everything=everything)
         if isinstance(target, linen.Module):
             return linen_sites(target, policy, args, kwargs, everything=everything)
-        _require_function(target)
+        require_function(target)
         params, *rest = args
         return sites_of_function(target, policy, params, rest, kwargs, everything=everything)
-
-
-def _require_function(target: Any) -> None:
-    """Raises TypeError for what is no function, and for a model's class in place of a model."""
-    if isinstance(target, type) or not isinstance(target, Callable):
-        kind = f"the class {target.__name__}" if isinstance(target, type) else f"{type(target).__name__}"
-        raise TypeError(f"expected an nnx.Module or linen.Module instance or a function fn(params, ...), got {kind}.")

@@ -33,11 +33,23 @@ def linen_under_policy(module: linen.Module, policy: Policy) -> Any:
 
 def linen_sites(module: linen.Module, policy: Policy, args: Any, kwargs: Any, *, everything: bool) -> SiteTable:
     """Returns the sites of `module.apply(*args, **kwargs)` under `policy`; see `sites_of_function`."""
-    variables, *others = args
+    types: dict[str, str] = {}
+    fn, params, rest, root = linen_call(module, *args, **kwargs, types=types)
+    return sites_of_function(fn, policy, params, rest, {}, root=root, types=types, everything=everything)
+
+
+def linen_call(
+    module: linen.Module, variables: Any, *args: Any, types: dict[str, str] | None = None, **kwargs: Any
+) -> tuple[Callable[..., Any], Any, list[Any], str]:
+    """Returns `module.apply` without a policy as a function, its params, its other arguments, and its root scope.
+
+    Args:
+      module, variables, args, kwargs: as of `apply`.
+      types: filled, when the function runs, with the type name of each module by its path.
+    """
     params, rest = _split(variables)
-    root, types = _plain_class(type(module)).__name__, {}
-    fn, call_args = _apply(module, types), [rest, tuple(others), kwargs]
-    return sites_of_function(fn, policy, params, call_args, {}, root=root, types=types, everything=everything)
+    fn = _apply(module, {} if types is None else types)
+    return fn, params, [rest, args, kwargs], _plain_class(type(module)).__name__
 
 
 @functools.cache

@@ -52,6 +52,16 @@ def nnx_sites(model: nnx.Module, policy: Policy, args: Any, kwargs: Any, *, ever
     return tables[0]
 
 
+def nnx_call(model: nnx.Module, args: Any, kwargs: Any) -> _Pure:
+    """Returns the call of `model` without a policy, its submodules' paths open as scopes."""
+    copy = nnx.clone(model)
+    plain = _plain_class(type(copy))
+    if "__call__" not in _methods(plain):
+        raise TypeError(f"{plain.__name__} has no __call__; give a function of its parameters instead.")
+    _open_scopes(copy)
+    return _pure(plain, "__call__", copy, args, kwargs)
+
+
 CONTAINERS = (nnx.List, nnx.Dict)
 
 

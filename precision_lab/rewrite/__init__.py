@@ -1,7 +1,25 @@
-"""The rewrite: applies a Policy to any JAX function without touching its code."""
+"""The rewrite: applies a Policy to any JAX function without touching its code, and observes what is inside."""
 
-from precision_lab.rewrite.api import apply_to_function, call, sites_of_function
+from precision_lab.rewrite.api import Traced, apply_to_function, call, sites_of_function, trace
+from precision_lab.rewrite.harvest import Collector, harvest
+from precision_lab.rewrite.marks import OUTPUT, SHADOW, Mark, mark, observing
 from precision_lab.rewrite.regions import full_precision
 from precision_lab.rewrite.sites import Site, SiteTable
 
-__all__ = ["Site", "SiteTable", "apply_to_function", "call", "full_precision", "sites_of_function"]
+__all__ = [
+    "OUTPUT",
+    "SHADOW",
+    "Collector",
+    "Mark",
+    "Site",
+    "SiteTable",
+    "Traced",
+    "apply_to_function",
+    "call",
+    "full_precision",
+    "harvest",
+    "mark",
+    "observing",
+    "sites_of_function",
+    "trace",
+]

@@ -129,6 +129,35 @@ def scan_arity(eqn: Equation) -> tuple[int, int]:
     return consts, carry
 
 
+def sharded(eqn: Equation, body: Callable[..., tuple[list[Any], Any]]) -> Callable[..., tuple[list[Any], Any]]:
+    """Returns the shard_map of `body` that a shard_map equation is, with one more result.
+
+    Args:
+      eqn: the equation.
+      body: from its operands on one device to (its results, a pytree), whose parts get a new first axis for devices.
+    """
+    axes = tuple(sorted(eqn.params["newly_manual_axes"]))
+
+    def apart(*operands: Any) -> tuple[list[Any], Any]:
+        out, more = body(*operands)
+        return out, jax.tree.map(lambda leaf: leaf[None], more)
+
+    return jax.shard_map(
+        apart,
+        mesh=eqn.params["mesh"],
+        in_specs=tuple(eqn.params["in_specs"]),
+        out_specs=(list(eqn.params["out_specs"]), jax.sharding.PartitionSpec(axes)),
+        axis_names=set(axes),
+        check_vma=eqn.params["check_vma"],
+    )
+
+
+def varying(tree: Any) -> Any:
+    """Returns arrays as values that may differ between the devices of the shard_map being traced, if there is one."""
+    axes = tuple(jax.sharding.get_abstract_mesh().manual_axes)
+    return jax.tree.map(lambda leaf: jax.lax.pcast(leaf, axes, to="varying"), tree) if axes else tree
+
+
 def consts_of(jaxpr: Jaxpr) -> Sequence[Any]:
     """Returns the values of a jaxpr's constants; an open jaxpr has none."""
     return getattr(jaxpr, "consts", ())
@@ -318,3 +347,35 @@ def bilinear_primitive(
     ad.defbilinear(primitive, gradient_of_lhs, gradient_of_rhs)
     batching.primitive_batchers[primitive] = batched
     return primitive
+
+
+def marker_primitive(
+    name: str, *, tangent: Callable[[Any], Any], cotangent: Callable[[Any], Any]
+) -> tuple[jex.Primitive, Callable[[jax.Array, Any], jax.Array]]:
+    """Returns a new primitive, an identity that lowers to nothing, and the function `(x, mark)` that binds it.
+
+    Args:
+      name: how it prints.
+      tangent: from the mark of a value to that of its tangent.
+      cotangent: from the mark of a tangent to that of the cotangent into which it is transposed.
+    """
+    primitive = jex.Primitive(name)
+
+    def bind_mark(x: Any, mark: Any) -> Any:
+        return primitive.bind(x, mark=mark)
+
+    def jvp(primals: Any, tangents: Any, *, mark: Any) -> tuple[Any, Any]:
+        moved = tangents[0] if type(tangents[0]) is ad.Zero else bind_mark(tangents[0], tangent(mark))
+        return bind_mark(primals[0], mark), moved
+
+    def transpose(ct: Any, x: Any, *, mark: Any) -> list[Any]:
+        del x
+        return [ct if type(ct) is ad.Zero else bind_mark(ct, cotangent(mark))]
+
+    primitive.def_impl(lambda x, *, mark: x)
+    primitive.def_abstract_eval(lambda x, *, mark: x)
+    mlir.register_lowering(primitive, lambda _, x, *, mark: [x])
+    ad.primitive_jvps[primitive] = jvp
+    ad.primitive_transposes[primitive] = transpose
+    batching.defvectorized(primitive)
+    return primitive, bind_mark

@@ -12,7 +12,9 @@ import numpy as np
 
 from precision_lab.policy import Policy
 from precision_lab.rewrite.interpreter import evaluate
+from precision_lab.rewrite.marks import observing
 from precision_lab.rewrite.plan import Plan, Planner
+from precision_lab.rewrite.shadows import with_shadows
 from precision_lab.rewrite.sites import SiteTable
 
 
@@ -115,10 +117,13 @@ def planned(
     Raises:
       ValueError: a rule of the policy matches no site.
     """
-    planner = Planner(policy, root, types, everything=everything)
+    planner = Planner(policy, root, types, everything=everything, observing=observing.value is not None)
     plan, _ = planner.walk(traced.jaxpr, traced.origins)
     if every_rule:
         planner.require_every_rule_used()
+    if observing.value:
+        planners = [Planner(other, root, types, observing=True) for other in observing.value]
+        plan = with_shadows(plan, [each.walk(traced.jaxpr, traced.origins)[0] for each in planners])
     table = planner.table()
     products = [site for site in table if site.is_product]
     if products and all(site.reason for site in products):

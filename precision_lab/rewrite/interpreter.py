@@ -15,8 +15,9 @@ from jax import lax
 
 from precision_lab.rewrite import _compat
 from precision_lab.rewrite.cast import PRODUCT, cast_product
+from precision_lab.rewrite.marks import OPERANDS, OUTPUT, SHADOW, mark_value
 from precision_lab.rewrite.operations import Operate, as_traced, like_operand, operate, rounded
-from precision_lab.rewrite.plan import Cast, Enter, Plan
+from precision_lab.rewrite.plan import Cast, Enter, Observed, Plan
 
 Values = list[Any]
 
@@ -40,10 +41,12 @@ def _evaluate(plan: Plan, jaxpr: Any, consts: Sequence[Any], operands: Sequence[
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _execute(step: Cast | Operate | Enter | None, eqn: Any, given: Values) -> Values:
+def _execute(step: Cast | Operate | Observed | Enter | None, eqn: Any, given: Values) -> Values:
     """Evaluates one equation."""
     if step is None:
         return _compat.bind(eqn, as_traced(eqn.invars, given))
+    if isinstance(step, Observed):
+        return _observe(step, eqn, given)
     if isinstance(step, Cast):
         product = cast_product(eqn, given[0], given[1], step.casting, before=step.before, of_tangents=step.of_tangents)
         return rounded([product], step.treatment.round)
@@ -67,6 +70,15 @@ def _enter(step: Enter, eqn: Any, given: Values) -> Values:
         return bind(eqn, given, [_traced(plan, part.jaxpr) for plan, part in zip(step.plans, parts, strict=True)])
     inner = [_callable(plan, part.jaxpr) for plan, part in zip(step.plans, parts, strict=True)]
     return list(_REBUILD[name](eqn, inner, given))
+
+
+def _observe(step: Observed, eqn: Any, given: Values) -> Values:
+    """Evaluates a product, marking what goes in and what comes out."""
+    marked = [mark_value(x, step.site, role, fmt) for x, role, fmt in zip(given, OPERANDS, step.operands, strict=False)]
+    [out] = _execute(step.step, eqn, [*marked, *given[len(marked) :]])
+    for number, shadow in enumerate(step.shadows):
+        mark_value(_execute(shadow, eqn, given)[0], step.site, f"{SHADOW}{number}")
+    return [mark_value(out, step.site, OUTPUT, cotangent_fmt=step.cotangent)]
 
 
 def _callable(plan: Plan, jaxpr: Any, how: Callable[..., Values] = evaluate) -> Callable[..., Values]:

@@ -16,18 +16,20 @@ from typing import Any
 
 import numpy as np
 
+from precision_lab.formats import Format
 from precision_lab.policy import OP_TABLE, Policy, Treatment
 from precision_lab.policy.ops import ACTIVATIONS
 from precision_lab.policy.treatment import default_accum
 from precision_lab.rewrite import _compat
-from precision_lab.rewrite.cast import Casting, casting_of
+from precision_lab.rewrite.cast import Casting, casting_of, quantizers_of
+from precision_lab.rewrite.marks import MARKED
 from precision_lab.rewrite.operations import CASTABLE, Operate, is_castable
 from precision_lab.rewrite.sites import FULL_PRECISION, PRODUCTS, Site, SiteTable, clean_scope, module_types
 
 UNSUPPORTED = frozenset(("ragged_dot_general", "ragged_dot"))
 LAYOUT = frozenset(
     ["reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "slice", "dynamic_slice", "rev", "copy"]
-) | {"copy_p", "convert_element_type", "sharding_constraint", "optimization_barrier", "reduce_precision"}
+) | {"copy_p", "convert_element_type", "sharding_constraint", "optimization_barrier", "reduce_precision", MARKED}
 CONSTANT = object()  # provenance of what neither parameters nor data have a part in
 Origins = list[Any]
 
@@ -50,6 +52,25 @@ class Cast:
 
 
 @dataclasses.dataclass(frozen=True)
+class Observed:
+    """A product whose operands and result get marks.
+
+    Attributes:
+      site: name of the site.
+      step: what happens at it.
+      operands: formats of the two; None where they are left alone, or scaled to fit by a quantizer.
+      cotangent: the same of the cotangent.
+      shadows: what would happen at it under other policies; evaluated for comparison, from the same operands.
+    """
+
+    site: str
+    step: Cast | None
+    operands: tuple[Format | None, Format | None]
+    cotangent: Format | None
+    shadows: tuple[Cast | None, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Enter:
     """An equation with something to do inside.
 
@@ -68,7 +89,7 @@ class Enter:
 class Plan:
     """What to do at each equation of a jaxpr; None binds it as it stands."""
 
-    steps: tuple[Cast | Operate | Enter | None, ...]
+    steps: tuple[Cast | Operate | Observed | Enter | None, ...]
 
     @property
     def is_empty(self) -> bool:
@@ -82,15 +103,23 @@ class Planner:
     Attributes:
       policy, root: what to apply, and the name scope to leave out of site paths.
       types: type names of modules by path, see `module_types`.
+      observing: whether products get marks.
       sites: what was found so far.
     """
 
     def __init__(
-        self, policy: Policy, root: str = "", types: Mapping[str, str] | None = None, *, everything: bool = False
+        self,
+        policy: Policy,
+        root: str = "",
+        types: Mapping[str, str] | None = None,
+        *,
+        everything: bool = False,
+        observing: bool = False,
     ) -> None:
         self.policy = policy
         self.root = root
         self.types = types or {}
+        self.observing = observing
         self._everything = everything
         self.sites: list[Site] = []
         self._counts: collections.Counter[tuple[str, str]] = collections.Counter()
@@ -109,7 +138,7 @@ class Planner:
           call: for a derivative rule, the sites of the function that it belongs to; None for the function itself.
           of_tangents: whether operands may be tangents.
         """
-        planner = Planner(self.policy, self.root, self.types)
+        planner = Planner(self.policy, self.root, self.types, observing=self.observing)
         planner._counts = collections.Counter(counts)
         planner._default_precision = self._default_precision
         planner._call = self._call if call is None else call
@@ -147,17 +176,18 @@ class Planner:
             known.update(zip(eqn.outvars, outputs, strict=True))
         return Plan(tuple(steps)), [origin(atom) for atom in jaxpr.outvars]
 
-    def _step(self, eqn: Any, sources: Origins, scope: str) -> tuple[Cast | Operate | Enter | None, Origins]:
+    def _step(self, eqn: Any, sources: Origins, scope: str) -> tuple[Any, Origins]:
         """Decides on one equation; also returns the provenance of its results."""
         name = eqn.primitive.name
         unknown: Origins = [None] * len(eqn.outvars)
         if name in PRODUCTS:
-            return self._product(eqn, sources, scope), unknown
+            return self._observed(self._product(eqn, sources, scope), sources), unknown
         if name in _compat.ENTERED:
             return self._enter(eqn, sources, scope)
         if name in UNSUPPORTED:
             site = dataclasses.replace(self._site(eqn, sources, scope), reason="no policy reaches this operation yet")
             self.sites.append(site)
+            return self._observed(None, sources), unknown
         for hidden in _compat.hidden_jaxprs(eqn):
             self._report_hidden(hidden, scope, name)
         step = self._operation(eqn, sources, scope) if self._reaches_operations else None
@@ -236,12 +266,24 @@ class Planner:
 
     def _result(self, eqn: Any, treatment: Treatment) -> Any:
         """Returns the dtype of a product's result: the compute dtype under autocast, else what the model expects."""
-        low = (
-            self._reaches_operations
-            and self.policy.ops == "autocast"
-            and treatment.compute.name in ("float16", "bfloat16")
-        )
-        return treatment.compute.dtype if low else eqn.outvars[0].aval.dtype
+        autocast = self._reaches_operations and self.policy.ops == "autocast"
+        narrow = treatment.compute.name in ("float16", "bfloat16")
+        return treatment.compute.dtype if autocast and narrow else eqn.outvars[0].aval.dtype
+
+    def _observed(self, step: Cast | None, sources: Origins) -> Cast | Observed | None:
+        """Returns the step of the product found last, marked if that is asked for.
+
+        Not so inside a derivative rule or a linear solve: what flows there are tangents and residuals of the site.
+        """
+        if not self.observing or self._call is not None or self._of_tangents:
+            return step
+        name, treatment = self.sites[-1].name, self.sites[-1].treatment
+        if treatment is None:
+            return Observed(name, step, (None, None), None)
+        # Under a quantizer's scale no number is outside of its format.
+        quantizers = quantizers_of(treatment, (_is_path(sources[0]), _is_path(sources[1])))
+        left, right = (treatment.compute if quantizer is None else None for quantizer in quantizers)
+        return Observed(name, step, (left, right), treatment.compute if treatment.gradient is None else None)
 
     def _treatment_in_rule(self, site: Site) -> Treatment:
         """Returns the treatment of a product inside a derivative rule: that of the products that it differentiates.

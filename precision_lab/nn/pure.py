@@ -1,0 +1,61 @@
+"""Calls of models as pure functions of their parameters, for everything that looks at a model from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from flax import linen, nnx
+
+from precision_lab.nn.linen_policy import linen_call
+from precision_lab.nn.nnx_policy import nnx_call
+
+
+class PureCall(NamedTuple):
+    """A call taken apart.
+
+    Attributes:
+      fn: `fn(params, *args, **kwargs)` returns what the call returns; changed variables of a model are dropped.
+      params: the parameters, as a pytree whose paths name the sites.
+      args, kwargs: everything else.
+      root: name scope to leave out of site paths.
+      is_model: whether it is a model's, whose params a policy stores in its own dtype.
+    """
+
+    fn: Callable[..., Any]
+    params: Any
+    args: list[Any]
+    kwargs: dict[str, Any]
+    root: str
+    is_model: bool
+
+
+def pure_call(target: Any, args: Any, kwargs: dict[str, Any]) -> PureCall:
+    """Returns the call `target(*args, **kwargs)` as a function of its parameters, without any policy it has.
+
+    Args:
+      target: an `nnx.Module`; a `linen.Module`, called as `apply(*args, **kwargs)` with its variables first; or a
+        function of its params first.
+      args, kwargs: what it is called with.
+
+    Raises:
+      TypeError: `target` is none of these, or the params of a function are missing.
+    """
+    if isinstance(target, nnx.Module):
+        fn, params, rest = nnx_call(target, args, kwargs)
+        return PureCall(lambda params, rest: fn(params, rest)[0], params, [rest], {}, "", True)
+    if isinstance(target, linen.Module):
+        fn, params, rest, root = linen_call(target, *args, **kwargs)
+        has_state = bool(kwargs.get("mutable") or kwargs.get("capture_intermediates"))
+        return PureCall(lambda *given: fn(*given)[0] if has_state else fn(*given), params, rest, {}, root, True)
+    require_function(target)
+    if not args:
+        raise TypeError("a function is observed at fn(params, ...); give its params first.")
+    return PureCall(target, args[0], list(args[1:]), kwargs, "", False)
+
+
+def require_function(target: Any) -> None:
+    """Raises TypeError for what is no function, and for a model's class in place of a model."""
+    if isinstance(target, type) or not isinstance(target, Callable):
+        kind = f"the class {target.__name__}" if isinstance(target, type) else f"{type(target).__name__}"
+        raise TypeError(f"expected an nnx.Module or linen.Module instance or a function fn(params, ...), got {kind}.")

@@ -1,0 +1,209 @@
+"""observe and observed: statistics of what flows through the sites of a function, a model or a whole train step."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from precision_lab import formats
+from precision_lab.nn.pure import PureCall, pure_call
+from precision_lab.policy import Policy
+from precision_lab.rewrite import Collector, Mark, Traced, call, harvest, observing, trace
+from precision_lab.telemetry.observation import Observation
+from precision_lab.telemetry.statistics import TensorStats, empty, merge, stats_of_many
+
+ROLES = ("lhs", "rhs", "output", "value", "lhs_cotangent", "rhs_cotangent", "output_cotangent", "value_cotangent")
+
+
+def observe(
+    target: Any,
+    *args: Any,
+    policy: Any = "float32",
+    loss: Callable[[Any], jax.Array] | None = None,
+    grad: bool | str = "auto",
+    roles: Sequence[str] = ROLES,
+    limit: int | None = None,
+    rounding: bool = True,
+    per_layer: bool = False,
+    **kwargs: Any,
+) -> Observation:
+    """Runs `target` once under `policy` and returns the statistics of operands, outputs and cotangents at its sites.
+
+    Args:
+      target: an `nnx.Module`, a `linen.Module` or a function `fn(params, *args, **kwargs)`; none is changed.
+      args, kwargs: what it is called with; for a Linen model the arguments of `apply`, variables first; for a function
+        its params first.
+      policy: a Policy or what parses to one.
+      loss: makes a scalar of the output, for the gradients of a model.
+      grad: whether to run the backward pass too, for the cotangents; "auto" does if there is a scalar to differentiate.
+      roles: which tensors to look at, some of `ROLES`.
+      limit: look at so many elements of a tensor at most, see `tensor_stats`.
+      rounding: whether to measure the error of rounding each tensor to its format (SQNR, exact counts of what
+        overflows and what becomes zero).
+      per_layer: keep the statistics of every iteration of a scan apart.
+
+    Returns:
+      An Observation, which prints as a table. Operands are seen as they come, before their cast.
+
+    Raises:
+      TypeError: `target` is no model or function, or grad=True without a scalar.
+      ValueError: a rule matches no site, an unknown role, or nothing to observe.
+    """
+    pure, policy = pure_call(target, args, kwargs), Policy.parse(policy)
+    forward = under_policy(pure, policy, loss)
+
+    with observing(()):
+        traced = trace(forward if not _wants_gradient(forward, pure, grad) else _gradient(forward), pure.params, (), {})
+    return jax.jit(lambda arrays: _harvested(traced, arrays, roles, limit, rounding, per_layer)[1])(traced.arrays)
+
+
+def observed(
+    fn: Callable[..., Any],
+    *,
+    roles: Sequence[str] = ("lhs", "rhs", "output", "value", "output_cotangent", "value_cotangent"),
+    limit: int | None = 4096,
+    rounding: bool = False,
+    per_layer: bool = False,
+    when: Callable[..., Any] | None = None,
+) -> Callable[..., tuple[Any, Observation]]:
+    """Returns a function that also returns what it observed: `(fn(*args, **kwargs), Observation)`.
+
+    The results of `fn` are the same, bit for bit. Meant to stay on in training, for a whole step (`jax.jit(observed(
+    step))`): it is an ordinary function of arrays, the differentiation is inside, and the observation is a small pytree
+    that `merged` adds up over steps. To look at every n-th step only, either call this one then and `fn` otherwise, or
+    give `when`.
+
+    Args:
+      fn: function of pytrees that calls a model or function under a policy (`apply_policy`; "float32" changes nothing),
+        whose sites are observed, or values marked by `mark`.
+      roles, limit, rounding, per_layer: as in `observe`; by default cheap, from a sample of each tensor.
+      when: from the same arguments to a traced truth value; if it is false nothing is computed and the observation
+        is empty.
+
+    Raises (when called):
+      ValueError: nothing inside is observed; or the result is differentiated, see `harvest`.
+    """
+
+    @functools.wraps(fn)
+    def wrapper(*args: Any, **kwargs: Any) -> tuple[Any, Observation]:
+        with observing(()):
+            traced = trace(lambda _, *given, **named: fn(*given, **named), (), args, kwargs)
+        looking = functools.partial(
+            _harvested, traced, roles=roles, limit=limit, rounding=rounding, per_layer=per_layer
+        )
+        if when is None:
+            out, observation = looking(traced.arrays)
+        else:
+            like = jax.eval_shape(lambda arrays: looking(arrays)[1], traced.arrays)
+            blind = functools.partial(_blind, traced, like)
+            out, observation = jax.lax.cond(when(*args, **kwargs), looking, blind, traced.arrays)
+        return traced.rebuild(out), observation
+
+    return wrapper
+
+
+def tree_stats(tree: Any, fmt: Any = None, *, limit: int | None = None, rounding: bool = True) -> Observation:
+    """Returns the statistics of the floating arrays of a tree, such as gradients, updates or a checkpoint, by path.
+
+    It can be called inside jit. `first_nonfinite()` of the result names the first leaf that is not finite.
+
+    Args:
+      tree: pytree of arrays; leaves that are not floating arrays are left out.
+      fmt: format that all are held against; None means that of each leaf's dtype.
+      limit, rounding: as in `observe`.
+    """
+    named = [(_path_of(path), jnp.asarray(leaf)) for path, leaf in jax.tree.leaves_with_path(tree) if _is_float(leaf)]
+    marks = [Mark(path, "value", formats.format(leaf.dtype if fmt is None else fmt)) for path, leaf in named]
+    pairs = [(leaf, mark.fmt if rounding else None) for mark, (_, leaf) in zip(marks, named, strict=True)]
+    stats = stats_of_many(pairs, limit)
+    return Observation(stats, marks, rounding)
+
+
+def _path_of(path: Any) -> str:
+    """Writes a pytree path as `blocks/0/att/kernel`."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def _is_float(leaf: Any) -> bool:
+    """Returns whether a leaf is a floating array."""
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _harvested(
+    traced: Traced, arrays: Sequence[Any], roles: Sequence[str], limit: int | None, rounding: bool, per_layer: bool
+) -> tuple[list[Any], Observation]:
+    """Returns the outputs of a traced function and the observation."""
+    if unknown := set(roles) - set(ROLES):
+        raise ValueError(f"unknown role '{min(unknown)}'; roles are {', '.join(ROLES)}.")
+
+    def measure(pairs: Sequence[tuple[Mark, jax.Array]]) -> list[TensorStats]:
+        return stats_of_many([(x, mark.fmt if rounding else None) for mark, x in pairs], limit)
+
+    out, found = harvest(
+        traced.jaxpr, arrays, Collector(lambda mark: mark.role in roles, measure, merge, empty, per_layer)
+    )
+    if not found:
+        raise ValueError(
+            "nothing to observe: no product is under a policy and no value is marked. Use apply_policy(model, "
+            "'float32') inside the function, or mark(x, name)."
+        )
+    return out, Observation(list(found.values()), list(found), rounding)
+
+
+def _blind(traced: Traced, like: Observation, arrays: Sequence[Any]) -> tuple[list[Any], Observation]:
+    """Returns the outputs of a traced function and an empty observation."""
+    nothing = Collector(lambda _: False, lambda _: (), lambda a, _: a, lambda a: a)
+    out, _ = harvest(traced.jaxpr, arrays, nothing)
+    return out, Observation([empty(stats) for stats in like.stats], like.marks, like.rounded)
+
+
+def under_policy(pure: PureCall, policy: Policy, loss: Callable[[Any], Any] | None) -> Callable[[Any], Any]:
+    """Returns the function of the params that a call under a policy is; models store their params as it says."""
+
+    def forward(params: Any) -> Any:
+        params = policy.cast_to_param(params) if pure.is_model else params
+        out = policy.cast_to_output(call(pure.fn, policy, params, pure.args, pure.kwargs, root=pure.root))
+        return out if loss is None else loss(out)
+
+    return forward
+
+
+def _gradient(forward: Callable[[Any], jax.Array]) -> Callable[[Any], Any]:
+    """Returns the function of params to a loss and its gradients with respect to the floating arrays among them."""
+
+    def run(params: Any) -> Any:
+        leaves, tree = jax.tree.flatten(params)
+        floating = [_is_float(leaf) for leaf in leaves]
+
+        def of(floats: Sequence[Any]) -> jax.Array:
+            given = iter(floats)
+            return forward(
+                jax.tree.unflatten(tree, [next(given) if is_f else x for is_f, x in zip(floating, leaves, strict=True)])
+            )
+
+        return jax.value_and_grad(of)([x for is_f, x in zip(floating, leaves, strict=True) if is_f])
+
+    return run
+
+
+def _wants_gradient(forward: Callable[[Any], Any], pure: PureCall, grad: bool | str) -> bool:
+    """Returns whether to differentiate.
+
+    Raises:
+      TypeError: that is asked for and there is no scalar.
+      ValueError: `grad` is none of True, False and "auto".
+    """
+    if grad not in (True, False, "auto"):
+        raise ValueError(f"grad must be True, False or 'auto', got {grad!r}.")
+    if grad is False:
+        return False
+    outputs = trace(forward, pure.params, (), {}).jaxpr.out_avals
+    scalar = len(outputs) == 1 and outputs[0].shape == () and jnp.issubdtype(outputs[0].dtype, jnp.floating)
+    if grad is True and not scalar:
+        what = ", ".join(f"{aval.dtype}{list(aval.shape)}" for aval in outputs)
+        raise TypeError(f"grad=True needs a scalar output to differentiate, got {what}; give loss=.")
+    return scalar
