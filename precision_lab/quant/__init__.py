@@ -12,14 +12,18 @@ from precision_lab.quant.parsing import quantizer
 from precision_lab.quant.quantizer import Quantizer
 
 if TYPE_CHECKING:
+    from precision_lab.quant.dorefa import dorefa_gradient
     from precision_lab.quant.fake import fake_quantize
     from precision_lab.quant.numbers import QuantizerParams, quantizer_params, stack_quantizers
+    from precision_lab.quant.observers import Observer, ObserverState, observer
     from precision_lab.quant.qtensor import QTensor, quantize
 
 # The modules that import JAX, and what they export here.
 _LAZY = {
+    "dorefa": ("dorefa_gradient",),
     "fake": ("fake_quantize",),
     "numbers": ("QuantizerParams", "quantizer_params", "stack_quantizers"),
+    "observers": ("Observer", "ObserverState", "observer"),
     "qtensor": ("QTensor", "quantize"),
 }
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
@@ -29,11 +33,15 @@ __all__ = [
     "ESTIMATORS",
     "SCHEMES",
     "Granularity",
+    "Observer",
+    "ObserverState",
     "QTensor",
     "Quantizer",
     "QuantizerParams",
+    "dorefa_gradient",
     "fake_quantize",
     "granularity",
+    "observer",
     "quantize",
     "quantizer",
     "quantizer_params",

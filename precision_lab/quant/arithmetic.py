@@ -30,11 +30,12 @@ def divide(x: Any, scale: Any) -> jax.Array:
     x, scale = jnp.asarray(x, jnp.float32), jnp.asarray(scale, jnp.float32)
     shape = jnp.broadcast_shapes(x.shape, scale.shape)
     numerator = jnp.broadcast_to(x, shape)
-    fixed = jax.lax.stop_gradient(numerator)
+    # Were `x` a constant, XLA would know that no value is NaN; behind a barrier it does not.
+    fixed = jax.lax.optimization_barrier(jax.lax.stop_gradient(numerator))
     return numerator / jnp.where(jnp.isnan(fixed), fixed, jnp.where(scale == 0, np.float32(1), scale))
 
 
-def multiply(values: jax.Array, scale: jax.Array) -> jax.Array:
+def multiply(values: Any, scale: Any) -> jax.Array:
     """Returns `values * scale`, rounded to float32 whatever it is added to afterwards."""
     product = values * scale
     return jnp.where(jnp.isnan(product), np.float32(np.nan), product)

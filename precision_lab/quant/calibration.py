@@ -53,7 +53,7 @@ def find_range(x: jax.Array, tiles: Tiles, whole: Range, qz: Quantizer, n: Quant
         case "percentile":
             found = tiles.reduce(x, lambda part, axes: _percentile(part, axes, qz))
         case "mse":
-            found = _least_error(whole, error)
+            found = least_error(whole, error)
         case "kl":
             threshold = tiles.reduce(x, lambda part, axes: kl_threshold(part, axes, qz.code_format))
             found = Range(-threshold, threshold)
@@ -115,19 +115,18 @@ def _aciq(x: jax.Array, axes: tuple[int, ...], qz: Quantizer, n: QuantizerParams
     return Range(jnp.minimum(low, 0), jnp.maximum(high, 0))
 
 
-def _least_error(whole: Range, error: Error) -> Range:
+def least_error(whole: Range, error: Error) -> Range:
     """Returns the part of a range, scaled about zero, with the least error; the whole one where none is better."""
-
-    def better(best: tuple[Any, Any], factor: Any) -> tuple[tuple[Any, Any], None]:
-        least, ratio = best
-        candidate = jnp.minimum(multiply(centre, factor), 1)
-        found = error(Range(multiply(whole.low, candidate), multiply(whole.high, candidate)))
-        wins = found < least
-        return (jnp.where(wins, found, least), jnp.where(wins, candidate, ratio)), None
-
-    centre = jnp.ones_like(whole.low)
-    best = (error(whole), centre)
+    best = (error(whole), jnp.ones_like(whole.low))
     for factors in _LEVELS:
-        best, _ = jax.lax.scan(better, best, jnp.asarray(factors, jnp.float32))
-        centre = best[1]
+        least, ratio = best
+
+        def better(best: tuple[Any, Any], factor: Any, about: Any = ratio) -> tuple[tuple[Any, Any], None]:
+            least, ratio = best
+            candidate = jnp.minimum(multiply(about, factor), 1)
+            found = error(Range(multiply(whole.low, candidate), multiply(whole.high, candidate)))
+            wins = found < least
+            return (jnp.where(wins, found, least), jnp.where(wins, candidate, ratio)), None
+
+        best, _ = jax.lax.scan(better, (least, ratio), jnp.asarray(factors, jnp.float32))
     return Range(multiply(whole.low, best[1]), multiply(whole.high, best[1]))

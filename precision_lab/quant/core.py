@@ -106,8 +106,8 @@ def _scale(
     return found, usable(rounded_scale(scale, qz), qz), None
 
 
-def _error(x: jax.Array, tiles: Tiles, found: Range, qz: Quantizer, n: QuantizerParams) -> jax.Array:
-    """Returns the mean squared error of each group if its range is `found`; of the nearest values, if drawn at random.
+def nearest(x: jax.Array, tiles: Tiles, found: Range, qz: Quantizer, n: QuantizerParams) -> jax.Array:
+    """Returns float32 `x` quantized as if `found` were its range; to the nearest, if rounding is stochastic.
 
     Scales that are quantized together are taken before that.
     """
@@ -116,8 +116,13 @@ def _error(x: jax.Array, tiles: Tiles, found: Range, qz: Quantizer, n: Quantizer
     scale = usable(scale if qz.scale_format == DOUBLE else rounded_scale(scale, qz), qz)
     zero_point = zero_point_of(found, scale, n) if qz.has_zero_point else None
     values = grid_values(_steps(x, tiles, scale, None), _spread(tiles, zero_point), qz, n, None)
-    error = products(Parts(values, scale), tiles) - x
-    return tiles.reduce(multiply(error, error), ordered_mean)
+    return products(Parts(values, scale), tiles)
+
+
+def _error(x: jax.Array, tiles: Tiles, found: Range, qz: Quantizer, n: QuantizerParams) -> jax.Array:
+    """Returns the mean squared error of each group if its range is `found`."""
+    apart = nearest(x, tiles, found, qz, n) - x
+    return tiles.reduce(multiply(apart, apart), ordered_mean)
 
 
 def _steps(x: jax.Array, tiles: Tiles, scale: jax.Array, offset: Any) -> jax.Array:

@@ -136,7 +136,7 @@ def _tanh(p: Point) -> jax.Array:
       intervals of length 1: k = log(2 / alpha - 1), s = 1 / (1 - alpha), which is 1 / tanh(k / 2).
     """
     floor = jnp.floor(p.v)
-    v = p.v + divide(p.x - jax.lax.stop_gradient(p.x), p.fixed_scale)
+    v = divide(p.x, p.fixed_scale)
     k, s = jnp.log(2 / jnp.float32(p.strength) - 1), 1 / (1 - jnp.float32(p.strength))
     soft = (floor + np.float32(0.5) + jnp.tanh(k * (v - floor - np.float32(0.5))) * (s / 2)) * p.fixed_scale
     return jnp.where(p.inside, soft, jax.lax.stop_gradient(p.x))

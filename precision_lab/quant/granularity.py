@@ -60,7 +60,11 @@ class Granularity:
 
 
 def contracted(shape: tuple[int, ...], axis: int | tuple[int, ...] | None, what: str) -> tuple[int, ...]:
-    """Returns the contracted axes counted from the front; raises ValueError if they are none of `shape`'s."""
+    """Returns the contracted axes counted from the front; raises ValueError if they are none of `shape`'s.
+
+    An array with one axis has no other to contract.
+    """
+    axis = 0 if axis is None and len(shape) == 1 else axis
     if axis is None:
         raise ValueError(f"granularity {what} needs axis=, the contracted axis of the array {shape}; or say 'tensor'.")
     rank = len(shape)

@@ -58,7 +58,7 @@ def _calibration(qz: Any) -> str | None:
         return "without scales of ours there is nothing to calibrate; leave out calibration and clip"
     if calibration in _INTEGER_CALIBRATIONS and not is_integer(fmt):
         return f"calibration {calibration!r} counts integer levels; say 'mse'"
-    if calibration in ("absmean", "lsq") and qz.scheme not in ("symmetric", "pow2", "unscaled"):
+    if calibration in ("absmean", "lsq") and qz.scheme in ("affine", "signed_max"):
         return f"calibration {calibration!r} gives a scale, which scheme {qz.scheme!r} has no use for; say 'symmetric'"
     return None
 

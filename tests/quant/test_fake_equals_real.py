@@ -1,5 +1,7 @@
 """The one law of the package: fake quantization is quantization, stored or not, bit for bit."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +11,9 @@ from precision_lab import formats
 from precision_lab.quant import fake_quantize, quantize, quantizer
 
 SCALARS = [name for name in formats.FORMATS if name not in ("float64", "float8_e8m0fnu")]
+SHARED = itertools.cycle(["", "@channel", "@group7", "@block8x5"])
 SPECS = [
-    *SCALARS,
-    *(f"{name}@channel" for name in SCALARS if formats.format(name).bits <= 8 and ":" not in name),
+    *(name + (next(SHARED) if quantizer(name).is_scaled else "") for name in SCALARS),
     *("int3@group32", "int5@group7", "int8@block4x16", "uint4@group5,affine", "fixed8.4", "e3m2@token", "e5m3:bias=12"),
     *(f"int4@{shared},{scheme}" for shared in ("tensor", "group16") for scheme in ("full_clipped", "affine", "pow2")),
     *("int8@channel,affine", "int4@group32,signed_max", "int4@group32,signed_max,scale=float16", "int8,full"),
@@ -50,13 +52,41 @@ def fit(x, spec):
     return (jnp.abs(x) if unsigned else x), key
 
 
-@pytest.mark.parametrize("spec", SPECS)
-def test_fake_quantization_is_what_is_stored_and_read_again(spec):
-    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
-        x, key = fit(data(dtype), spec)
+DTYPES = itertools.cycle([jnp.float32, jnp.bfloat16, jnp.float16])
 
-        fake = fake_quantize(x, spec, axis=0, key=key)
-        real = quantize(x, spec, axis=0, key=key).dequantize()
 
-        assert_same_bits(fake, real)
-        assert np.isfinite(np.asarray(fake, np.float32)).all()
+@pytest.mark.parametrize(("spec", "dtype"), [(spec, next(DTYPES)) for spec in SPECS], ids=SPECS)
+def test_fake_quantization_is_what_is_stored_and_read_again(spec, dtype):
+    """Shapes are ragged, and columns of zeros, subnormals and constants among the data."""
+    x, key = fit(data(dtype), spec)
+
+    fake = fake_quantize(x, spec, axis=0, key=key)
+    real = quantize(x, spec, axis=0, key=key).dequantize()
+
+    assert_same_bits(fake, real)
+    assert np.isfinite(np.asarray(fake, np.float32)).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("spec", ["int4@group7,affine", "nf4,double", "int8@channel,mse", "float8_e5m2@block8x5"])
+def test_one_program_with_sums_behind_the_products_changes_no_bit(spec, dtype):
+    x = data(dtype)
+
+    together = jax.jit(lambda x: (fake_quantize(x, spec, axis=0) + x, quantize(x, spec, axis=0).dequantize() + x))(x)
+
+    expected = fake_quantize(x, spec, axis=0) + x
+    for each in together:
+        assert_same_bits(each, expected)
+
+
+@pytest.mark.parametrize(
+    "spec", ["int8", "int4@channel,affine", "nf4", "mxfp4", "nvfp4", "int4@group4,double", "binary"]
+)
+@pytest.mark.parametrize("shape", [(1,), (5,), (1, 1), (0, 3), (3, 0), (2, 0, 3), (130, 3)])
+def test_shapes_of_no_and_one_element_are_stored_too(spec, shape):
+    x = jnp.asarray(np.random.default_rng(1).normal(size=shape).astype(np.float32))
+
+    stored = quantize(x, spec, axis=0)
+
+    assert stored.codes.shape == shape
+    assert_same_bits(fake_quantize(x, spec, axis=0), stored.dequantize())

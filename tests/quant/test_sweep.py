@@ -1,0 +1,84 @@
+"""The numbers of quantizers, traced: one program for a sweep, and the results of separate ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from precision_lab.quant import fake_quantize, quantizer, quantizer_params, stack_quantizers
+
+X = jnp.asarray(np.random.default_rng(0).normal(size=(37, 6)).astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    "specs",
+    [
+        [f"int{bits}@group8" for bits in (2, 3, 4, 6, 8, 16)],
+        [f"int{bits}@channel,affine" for bits in (2, 4, 8)],
+        [f"int{bits}@channel,full,clip={clip}" for bits, clip in ((2, 0.5), (4, 0.9), (8, 1.0))],
+        [f"int{bits}@channel,signed_max" for bits in (3, 4)],
+        [f"int{bits}@channel,aciq" for bits in (2, 4)],
+        [f"int{bits}@channel,mse" for bits in (2, 4)],
+        ["float8_e4m3fn@channel", "float8_e5m2@channel", "e3m2@channel", "float4_e2m1fn@channel", "int4@channel"],
+        ["int4@channel,lsq", "int2@channel,lsq"],
+        ["int4@channel,ewgs=0.1", "int4@channel,ewgs=0.5"],
+    ],
+    ids=lambda specs: specs[0],
+)
+def test_vmapped_traced_and_static_quantizers_agree(specs):
+    """Checks 24 and 25 of JAX quantization, which ask for 1e-5; here bit for bit."""
+    common, params = stack_quantizers(specs)
+
+    def both(p):
+        return jax.value_and_grad(lambda x: jnp.sum(fake_quantize(x, common, axis=0, params=p) * X))(X)
+
+    together = jax.jit(jax.vmap(lambda p: fake_quantize(X, common, axis=0, params=p)))(params)
+    gradients = jax.vmap(both)(params)[1]
+
+    for spec, fake, gradient in zip(specs, together, gradients, strict=True):
+        np.testing.assert_array_equal(fake, fake_quantize(X, spec, axis=0))
+        expected = jax.grad(lambda x, spec=spec: jnp.sum(fake_quantize(x, spec, axis=0) * X))(X)
+        np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_sweep_over_widths_compiles_once():
+    """Check 24 of JAX quantization."""
+    traces = []
+
+    @jax.jit
+    def run(params):
+        traces.append(1)
+        return fake_quantize(X, "int8@channel", axis=0, params=params)
+
+    for bits in range(2, 9):
+        run(quantizer_params(f"int{bits}@channel"))
+
+    assert len(traces) == 1
+    assert run._cache_size() == 1
+
+
+def test_the_scale_may_be_traced():
+    fake = jax.jit(lambda s: fake_quantize(X, "int4", scale=s))(0.25)
+
+    np.testing.assert_array_equal(fake, np.clip(np.round(X / np.float32(0.25)), -7, 7) * np.float32(0.25))
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        (["int4@channel", "int4@tensor"], "differ in more than numbers"),
+        (["int4@channel", "uint4@channel"], "differ in more than numbers"),
+        (["nf4"], "cannot be traced"),
+        (["int4,kl"], "cannot be traced"),
+        (["bfloat16"], "cannot be traced"),
+        ([], "at least one"),
+    ],
+)
+def test_what_is_structure_cannot_be_stacked(specs, message):
+    with pytest.raises(ValueError, match=message):
+        stack_quantizers(specs)
+
+
+def test_params_of_no_use_are_refused():
+    with pytest.raises(ValueError, match="params= are for scaled scalar formats"):
+        fake_quantize(X, quantizer("nf4"), axis=0, params=quantizer_params("int4"))
