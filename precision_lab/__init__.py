@@ -14,7 +14,7 @@ _HOME = {
     "quant": ("QTensor", "Quantizer", "fake_quantize", "quantize", "quantizer"),
     "policy": ("PRESETS", "Policy"),
     "rewrite": ("full_precision", "mark"),
-    "nn": ("apply_policy", "explain", "sites"),
+    "nn": ("DelayedScaling", "apply_policy", "explain", "sites"),
     "optim": (
         "DynamicLossScale",
         "StaticLossScale",
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from precision_lab.formats import round_to as round_to
     from precision_lab.formats import stack_formats as stack_formats
     from precision_lab.models import register_model as register_model
+    from precision_lab.nn import DelayedScaling as DelayedScaling
     from precision_lab.nn import apply_policy as apply_policy
     from precision_lab.nn import explain as explain
     from precision_lab.nn import sites as sites

@@ -1,6 +1,6 @@
 """The rewrite: applies a Policy to any JAX function without touching its code, and observes what is inside."""
 
-from precision_lab.rewrite.api import Traced, apply_to_function, call, sites_of_function, trace
+from precision_lab.rewrite.api import Traced, apply_to_function, call, scaled_sites, sites_of_function, trace
 from precision_lab.rewrite.harvest import Collector, harvest
 from precision_lab.rewrite.marks import OUTPUT, SHADOW, Mark, mark, observing
 from precision_lab.rewrite.regions import full_precision
@@ -20,6 +20,7 @@ __all__ = [
     "harvest",
     "mark",
     "observing",
+    "scaled_sites",
     "sites_of_function",
     "trace",
 ]

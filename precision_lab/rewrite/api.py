@@ -13,9 +13,11 @@ import numpy as np
 from precision_lab.policy import Policy
 from precision_lab.rewrite.interpreter import evaluate
 from precision_lab.rewrite.marks import observing
-from precision_lab.rewrite.plan import Plan, Planner
+from precision_lab.rewrite.plan import Planner
+from precision_lab.rewrite.scaled import Amaxes, scaled_roles
 from precision_lab.rewrite.shadows import with_shadows
 from precision_lab.rewrite.sites import SiteTable
+from precision_lab.rewrite.steps import Plan
 
 
 class Traced(NamedTuple):
@@ -66,6 +68,8 @@ def call(
     root: str = "",
     types: Mapping[str, str] | None = None,
     every_rule: bool = True,
+    amaxes: Mapping[str, Mapping[str, Any]] | None = None,
+    margin: int = 0,
 ) -> Any:
     """Returns `fn(params, *args, **kwargs)` with its products under `policy`; its outputs keep their dtypes.
 
@@ -74,13 +78,17 @@ def call(
       root: name scope to leave out of site paths.
       types: type names of modules by path; read after tracing, so that `fn` may fill it.
       every_rule: whether each rule has to match; false for a part of a model.
+      amaxes: magnitudes, by site and role, to make scales of in place of those of the tensors themselves; see
+        `scaled_sites`.
+      margin: bits of headroom of such scales.
 
     Raises:
       ValueError: a rule matches no site, or the policy needs 64-bit mode.
     """
     _require_x64(policy)
     traced = trace(fn, params, args, kwargs)
-    plan, _ = planned(traced, policy, root, types, every_rule=every_rule)
+    given = {site: Amaxes(roles, margin) for site, roles in (amaxes or {}).items()}
+    plan, _ = planned(traced, policy, root, types, every_rule=every_rule, amaxes=given)
     return traced.rebuild(evaluate(plan, traced.jaxpr, traced.jaxpr.consts, traced.arrays))
 
 
@@ -103,6 +111,13 @@ def sites_of_function(
     return planned(trace(fn, params, args, kwargs), policy, root, types, everything=everything)[1]
 
 
+def scaled_sites(fn: Callable, policy: Policy, params: Any, args: Sequence[Any]) -> dict[str, tuple[str, ...]]:
+    """Returns the sites of `fn(params, *args)` that `call` can be given magnitudes for, and for which tensors there."""
+    table = sites_of_function(fn, policy, params, args, {})
+    roles = {site.name: scaled_roles(site.treatment, site.has_parameter) for site in table if site.treatment}
+    return {name: found for name, found in roles.items() if found}
+
+
 def planned(
     traced: Traced,
     policy: Policy,
@@ -111,13 +126,14 @@ def planned(
     *,
     every_rule: bool = True,
     everything: bool = False,
+    amaxes: Mapping[str, Amaxes] | None = None,
 ) -> tuple[Plan, SiteTable]:
     """Returns the plan and the sites of a traced function.
 
     Raises:
       ValueError: a rule of the policy matches no site.
     """
-    planner = Planner(policy, root, types, everything=everything, observing=observing.value is not None)
+    planner = Planner(policy, root, types, everything=everything, observing=observing.value is not None, amaxes=amaxes)
     plan, _ = planner.walk(traced.jaxpr, traced.origins)
     if every_rule:
         planner.require_every_rule_used()

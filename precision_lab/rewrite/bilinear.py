@@ -126,8 +126,10 @@ class Convolution:
         axes = self.contracted()
         if how.codes and eqn.params["batch_group_count"] == 1:
             left, right = (codes_of(x, q, along) for x, q, along in zip((lhs, rhs), how.codes, axes, strict=True))
-            changed = {"preferred_element_type": _sum_of(left.values)}
-            product = eqn.primitive.bind(left.values, right.values, **(eqn.params | changed))
+            pair, changed = (left.values, right.values), {"preferred_element_type": _sum_of(left.values)}
+            if pair[0].dtype != pair[1].dtype:  # JAX convolves one type only; bfloat16 holds every float8 exactly
+                pair = tuple(codes.astype(jnp.bfloat16) for codes in pair)
+            product = eqn.primitive.bind(*pair, **(eqn.params | changed))
             numbers = eqn.params["dimension_numbers"]
             scales = (
                 _along(left.scale, numbers.out_spec[0], product.ndim),

@@ -17,7 +17,8 @@ from precision_lab.rewrite import _compat
 from precision_lab.rewrite.cast import PRODUCT, cast_product
 from precision_lab.rewrite.marks import OPERANDS, OUTPUT, SHADOW, mark_value
 from precision_lab.rewrite.operations import Operate, as_traced, like_operand, operate, rounded
-from precision_lab.rewrite.plan import Cast, Enter, Observed, Plan
+from precision_lab.rewrite.scaled import scaled_product
+from precision_lab.rewrite.steps import Cast, Enter, Observed, Plan
 
 Values = list[Any]
 
@@ -47,6 +48,8 @@ def _execute(step: Cast | Operate | Observed | Enter | None, eqn: Any, given: Va
         return _compat.bind(eqn, as_traced(eqn.invars, given))
     if isinstance(step, Observed):
         return _observe(step, eqn, given)
+    if isinstance(step, Cast) and step.amaxes is not None:
+        return rounded([scaled_product(eqn, given[0], given[1], step.casting, step.amaxes)], step.treatment.round)
     if isinstance(step, Cast):
         product = cast_product(eqn, given[0], given[1], step.casting, before=step.before, of_tangents=step.of_tangents)
         return rounded([product], step.treatment.round)

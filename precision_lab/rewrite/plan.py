@@ -11,20 +11,21 @@ import collections
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from precision_lab.formats import Format
 from precision_lab.policy import OP_TABLE, Policy, Treatment
 from precision_lab.policy.ops import ACTIVATIONS
 from precision_lab.policy.treatment import default_accum
 from precision_lab.rewrite import _compat
-from precision_lab.rewrite.cast import Casting, casting_of, quantizers_of
+from precision_lab.rewrite.cast import casting_of, quantizers_of
 from precision_lab.rewrite.marks import MARKED
 from precision_lab.rewrite.operations import CASTABLE, Operate, is_castable
+from precision_lab.rewrite.scaled import Amaxes
 from precision_lab.rewrite.sites import FULL_PRECISION, PRODUCTS, Site, SiteTable, clean_scope, module_types
+from precision_lab.rewrite.steps import Cast, Enter, Observed, Plan
 
 UNSUPPORTED = frozenset(("ragged_dot_general", "ragged_dot"))
 LAYOUT = frozenset(
@@ -32,69 +33,6 @@ LAYOUT = frozenset(
 ) | {"copy_p", "convert_element_type", "sharding_constraint", "optimization_barrier", "reduce_precision", MARKED}
 CONSTANT = object()  # provenance of what neither parameters nor data have a part in
 Origins = list[Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Cast:
-    """A product whose operands are to be cast or quantized.
-
-    Attributes:
-      treatment: what the policy says.
-      casting: how the product is computed.
-      before: quantizer of each operand before the product; None where none has one.
-      of_tangents: whether an operand may be a tangent, in which the product will be transposed.
-    """
-
-    treatment: Treatment
-    casting: Casting
-    before: tuple[Any, Any] | None
-    of_tangents: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Observed:
-    """A product whose operands and result get marks.
-
-    Attributes:
-      site: name of the site.
-      step: what happens at it.
-      operands: formats of the two; None where they are left alone, or scaled to fit by a quantizer.
-      cotangent: the same of the cotangent.
-      shadows: what would happen at it under other policies; evaluated for comparison, from the same operands.
-    """
-
-    site: str
-    step: Cast | None
-    operands: tuple[Format | None, Format | None]
-    cotangent: Format | None
-    shadows: tuple[Cast | None, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Enter:
-    """An equation with something to do inside.
-
-    Attributes:
-      plans: one per inner jaxpr.
-      replan: plans a jaxpr that stands in for the equation's own, such as a derivative rule's, under the same names.
-      is_activation: whether its result returns to the type of its operand.
-    """
-
-    plans: tuple[Plan, ...]
-    replan: Callable[[Any, _compat.Part], Plan]
-    is_activation: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What to do at each equation of a jaxpr; None binds it as it stands."""
-
-    steps: tuple[Cast | Operate | Observed | Enter | None, ...]
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether the jaxpr can be evaluated as it stands."""
-        return not any(self.steps)
 
 
 class Planner:
@@ -115,11 +53,13 @@ class Planner:
         *,
         everything: bool = False,
         observing: bool = False,
+        amaxes: Mapping[str, Amaxes] | None = None,
     ) -> None:
         self.policy = policy
         self.root = root
         self.types = types or {}
         self.observing = observing
+        self._amaxes = amaxes or {}
         self._everything = everything
         self.sites: list[Site] = []
         self._counts: collections.Counter[tuple[str, str]] = collections.Counter()
@@ -138,7 +78,7 @@ class Planner:
           call: for a derivative rule, the sites of the function that it belongs to; None for the function itself.
           of_tangents: whether operands may be tangents.
         """
-        planner = Planner(self.policy, self.root, self.types, observing=self.observing)
+        planner = Planner(self.policy, self.root, self.types, observing=self.observing, amaxes=self._amaxes)
         planner._counts = collections.Counter(counts)
         planner._default_precision = self._default_precision
         planner._call = self._call if call is None else call
@@ -262,7 +202,7 @@ class Planner:
         parameters = (_is_path(sources[0]), _is_path(sources[1]))
         result = self._result(eqn, treatment)
         casting, before = casting_of(treatment, parameters, result)
-        return Cast(treatment, casting, before, self._of_tangents)
+        return Cast(treatment, casting, before, self._of_tangents, self._amaxes.get(site.name))
 
     def _result(self, eqn: Any, treatment: Treatment) -> Any:
         """Returns the dtype of a product's result: the compute dtype under autocast, else what the model expects."""

@@ -50,10 +50,10 @@ def why_no_codes(left: Quantizer | None, right: Quantizer | None) -> str:
     for quantizer in (left, right):
         if quantizer is None:
             return "only one operand is quantized"
-        if _dtype(quantizer) is None:
-            return f"{quantizer} has no array type of up to 8 bits whose products are its values' products"
         if quantizer.has_zero_point:
             return f"{quantizer} has a zero point, which a product of codes does not"
+        if _dtype(quantizer) is None:
+            return f"{quantizer} has no array type of up to 8 bits whose products are its values' products"
         if quantizer.granularity.kind not in _SHARED:
             return f"{quantizer} has several scales along the contracted axis"
     if left is not None and right is not None and (_dtype(left) == np.int8) != (_dtype(right) == np.int8):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from precision_lab.rewrite import _compat
-from precision_lab.rewrite.plan import Enter, Observed, Plan
+from precision_lab.rewrite.steps import Enter, Observed, Plan
 
 
 def with_shadows(plan: Plan, others: Sequence[Plan]) -> Plan:

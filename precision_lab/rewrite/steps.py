@@ -1,0 +1,79 @@
+"""Steps: what a plan says to do at each equation of a jaxpr."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from precision_lab.formats import Format
+from precision_lab.policy import Treatment
+from precision_lab.rewrite import _compat
+from precision_lab.rewrite.cast import Casting
+from precision_lab.rewrite.operations import Operate
+from precision_lab.rewrite.scaled import Amaxes
+
+
+@dataclasses.dataclass(frozen=True)
+class Cast:
+    """A product whose operands are to be cast or quantized.
+
+    Attributes:
+      treatment: what the policy says.
+      casting: how the product is computed.
+      before: quantizer of each operand before the product; None where none has one.
+      of_tangents: whether an operand may be a tangent, in which the product will be transposed.
+      amaxes: what scales are made of that come from outside, or None.
+    """
+
+    treatment: Treatment
+    casting: Casting
+    before: tuple[Any, Any] | None
+    of_tangents: bool
+    amaxes: Amaxes | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Observed:
+    """A product whose operands and result get marks.
+
+    Attributes:
+      site: name of the site.
+      step: what happens at it.
+      operands: formats of the two; None where they are left alone, or scaled to fit by a quantizer.
+      cotangent: the same of the cotangent.
+      shadows: what would happen at it under other policies; evaluated for comparison, from the same operands.
+    """
+
+    site: str
+    step: Cast | None
+    operands: tuple[Format | None, Format | None]
+    cotangent: Format | None
+    shadows: tuple[Cast | None, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Enter:
+    """An equation with something to do inside.
+
+    Attributes:
+      plans: one per inner jaxpr.
+      replan: plans a jaxpr that stands in for the equation's own, such as a derivative rule's, under the same names.
+      is_activation: whether its result returns to the type of its operand.
+    """
+
+    plans: tuple[Plan, ...]
+    replan: Callable[[Any, _compat.Part], Plan]
+    is_activation: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to do at each equation of a jaxpr; None binds it as it stands."""
+
+    steps: tuple[Cast | Operate | Observed | Enter | None, ...]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the jaxpr can be evaluated as it stands."""
+        return not any(self.steps)
