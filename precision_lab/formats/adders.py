@@ -58,9 +58,9 @@ def round_by_adder(layout: Layout, bits: Any, fmt: Format, p: FormatParams) -> A
     largest = p.max if p.max == p.min else jnp.where(is_negative(layout, sign), p.min, p.max)
     # Beyond the largest value every sum is the least one that is too large.
     bound = as_word(as_float(largest) + adder(layout, largest, fmt)) + word(p.overflow != zero)
-    power = _power(layout, a, fmt, p)
-    total = as_float(a) + power
-    r = as_word(jnp.where(total < as_float(bound), total, as_float(bound)) - power)
+    anchor = _power(layout, a, fmt, p)
+    total = as_float(a) + anchor
+    r = as_word(jnp.where(total < as_float(bound), total, as_float(bound)) - anchor)
     if p.flush != zero:
         r = jnp.where(below(layout, r, p.flush), zero, r)
     return with_sign(layout, _limited(layout, a, r, largest, p), sign, p)

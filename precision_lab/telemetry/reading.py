@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from precision_lab.formats import Format
+from precision_lab.formats.scalar import power_of_two
 from precision_lab.telemetry.statistics import BINS, INF, MAX_EXPONENT, MIN_EXPONENT, NAN, ZERO, TensorStats
 
 _SPARKS = " ▁▂▃▄▅▆▇█"
@@ -30,8 +31,13 @@ class Window(NamedTuple):
 
 def window(fmt: Format) -> Window:
     """Returns the exponents that a format covers; for integers, whose values are equally spaced, from one step up."""
-    lowest = math.frexp(fmt.min_subnormal)[1] - 1
-    return Window(lowest, math.frexp(fmt.min_normal)[1] - 1, math.frexp(fmt.max)[1] - 1)
+    return Window(*map(_exponent, (fmt.min_subnormal, fmt.min_normal, fmt.max)))
+
+
+def _exponent(value: float) -> int:
+    """Returns the largest k with 2**k <= value; exact, since a float's denominator is a power of two."""
+    numerator, denominator = value.as_integer_ratio()
+    return numerator.bit_length() - denominator.bit_length()
 
 
 @dataclass(frozen=True)
@@ -177,7 +183,8 @@ class Reading:
     def _sum(self, name: str, power: int) -> float:
         """Returns a sum in units of 1."""
         values, units = np.asarray(getattr(self.stats, name), np.float64), np.asarray(self.stats.exponent)
-        return float(np.sum(np.ldexp(values, power * units)))
+        unit = np.reshape([float(power_of_two(power * int(each))) for each in units.reshape(-1)], units.shape)
+        return float(np.sum(values * unit))
 
 
 def _count(words: Any) -> int:
