@@ -7,7 +7,6 @@ brings its operands to the types that its category says; every other equation ge
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,14 +78,12 @@ def _float32(step: Operate, eqn: Any, given: Values) -> Values:
 
 
 def _promote(step: Operate, eqn: Any, given: Values) -> Values:
-    dtypes = [np.dtype(x.dtype) for x in given if is_castable(x)]
-    arrays = [
-        np.dtype(x.dtype) for atom, x in zip(eqn.invars, given, strict=True) if is_castable(x) and not _is_scalar(atom)
-    ]
-    widest = functools.reduce(
-        jnp.promote_types, arrays or dtypes, np.dtype((arrays or dtypes or [np.dtype("float32")])[0])
-    )
-    if not all(_fits(atom.val, widest) for atom in eqn.invars if _is_scalar(atom) and is_castable(atom.aval)):
+    floating = [(atom, x) for atom, x in zip(eqn.invars, given, strict=True) if is_castable(x)]
+    dtypes = {np.dtype(x.dtype) for atom, x in floating if not _is_scalar(atom)} or {
+        np.dtype(x.dtype) for _, x in floating
+    }
+    widest = dtypes.pop() if len(dtypes) == 1 else jnp.float32  # any two of float16, bfloat16 and float32
+    if not all(_fits(atom.val, widest) for atom, _ in floating if _is_scalar(atom)):
         widest = jnp.float32
     return _all_cast(given, widest)
 
