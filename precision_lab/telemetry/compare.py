@@ -181,7 +181,7 @@ def _values(
 ) -> Values:
     """Returns the outputs of all sites under a policy, those of its shadows, and what the function returns."""
     with observing(shadows):
-        traced = trace(under_policy(pure, policy, loss), pure.params, (), {})
+        traced = trace(under_policy(pure, policy, loss), pure.params, pure.args, pure.kwargs)
     marks: list[Mark] = []
 
     def wanted(mark: Mark) -> bool:

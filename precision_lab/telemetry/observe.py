@@ -55,9 +55,9 @@ def observe(
     """
     pure, policy = pure_call(target, args, kwargs), Policy.parse(policy)
     forward = under_policy(pure, policy, loss)
-
+    run = _gradient(forward) if _wants_gradient(forward, pure, grad) else forward
     with observing(()):
-        traced = trace(forward if not _wants_gradient(forward, pure, grad) else _gradient(forward), pure.params, (), {})
+        traced = trace(run, pure.params, pure.args, pure.kwargs)
     return jax.jit(lambda arrays: _harvested(traced, arrays, roles, limit, rounding, per_layer)[1])(traced.arrays)
 
 
@@ -161,29 +161,28 @@ def _blind(traced: Traced, like: Observation, arrays: Sequence[Any]) -> tuple[li
     return out, Observation([empty(stats) for stats in like.stats], like.marks, like.rounded)
 
 
-def under_policy(pure: PureCall, policy: Policy, loss: Callable[[Any], Any] | None) -> Callable[[Any], Any]:
-    """Returns the function of the params that a call under a policy is; models store their params as it says."""
+def under_policy(pure: PureCall, policy: Policy, loss: Callable[[Any], Any] | None) -> Callable[..., Any]:
+    """Returns the function (params, *args, **kwargs) that a call under a policy is; models store params as it says."""
 
-    def forward(params: Any) -> Any:
+    def forward(params: Any, *args: Any, **kwargs: Any) -> Any:
         params = policy.cast_to_param(params) if pure.is_model else params
-        out = policy.cast_to_output(call(pure.fn, policy, params, pure.args, pure.kwargs, root=pure.root))
+        out = policy.cast_to_output(call(pure.fn, policy, params, args, kwargs, root=pure.root))
         return out if loss is None else loss(out)
 
     return forward
 
 
-def _gradient(forward: Callable[[Any], jax.Array]) -> Callable[[Any], Any]:
-    """Returns the function of params to a loss and its gradients with respect to the floating arrays among them."""
+def _gradient(forward: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """Returns the function that returns the loss and its gradients with respect to the floating arrays in params."""
 
-    def run(params: Any) -> Any:
+    def run(params: Any, *args: Any, **kwargs: Any) -> Any:
         leaves, tree = jax.tree.flatten(params)
         floating = [_is_float(leaf) for leaf in leaves]
 
         def of(floats: Sequence[Any]) -> jax.Array:
             given = iter(floats)
-            return forward(
-                jax.tree.unflatten(tree, [next(given) if is_f else x for is_f, x in zip(floating, leaves, strict=True)])
-            )
+            full = [next(given) if is_f else x for is_f, x in zip(floating, leaves, strict=True)]
+            return forward(jax.tree.unflatten(tree, full), *args, **kwargs)
 
         return jax.value_and_grad(of)([x for is_f, x in zip(floating, leaves, strict=True) if is_f])
 
@@ -201,7 +200,7 @@ def _wants_gradient(forward: Callable[[Any], Any], pure: PureCall, grad: bool | 
         raise ValueError(f"grad must be True, False or 'auto', got {grad!r}.")
     if grad is False:
         return False
-    outputs = trace(forward, pure.params, (), {}).jaxpr.out_avals
+    outputs = trace(forward, pure.params, pure.args, pure.kwargs).jaxpr.out_avals
     scalar = len(outputs) == 1 and outputs[0].shape == () and jnp.issubdtype(outputs[0].dtype, jnp.floating)
     if grad is True and not scalar:
         what = ", ".join(f"{aval.dtype}{list(aval.shape)}" for aval in outputs)
