@@ -64,6 +64,7 @@ def sites(target: Any, *args: Any, policy: Any = "float32", **kwargs: Any) -> Si
       policy: a Policy or what parses to one.
 
     Raises:
+      TypeError: `target` is none of these, or the params of a function are missing.
       ValueError: a rule matches no site.
     """
     return _sites(target, policy, args, kwargs, everything=False)
@@ -88,5 +89,6 @@ def _sites(target: Any, policy: Any, args: Any, kwargs: Any, *, everything: bool
         if isinstance(target, linen.Module):
             return linen_sites(target, policy, args, kwargs, everything=everything)
         require_function(target)
-        params, *rest = args
-        return sites_of_function(target, policy, params, rest, kwargs, everything=everything)
+        if not args:
+            raise TypeError("the sites of a function are those of a call fn(params, ...); give its params first.")
+        return sites_of_function(target, policy, args[0], args[1:], kwargs, everything=everything)

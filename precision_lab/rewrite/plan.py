@@ -286,9 +286,11 @@ def _unused_message(pattern: str, unused: int, total: int, sites: Sequence[Site]
     names = list(dict.fromkeys(site.name for site in sites))
     if not names:
         return f"rule '{pattern}' matched no site: the computation has no products."
+    types = list(dict.fromkeys(name for site in sites for name in _names(site) if name[:1] == "@"))
+    kind, known = ("module type around a site", types) if pattern[:1] == "@" and types else ("site", names)
     literal = pattern.replace("**/", "").replace("/**", "")
-    near = difflib.get_close_matches(literal, names, n=1, cutoff=0) or names[:1]
-    return f"{unused} of {total} rules matched no site: '{pattern}'. Nearest site: '{near[0]}'."
+    near = difflib.get_close_matches(literal, known, n=1, cutoff=0) or known[:1]
+    return f"{unused} of {total} rules matched no site: '{pattern}'. Nearest {kind}: '{near[0]}'."
 
 
 def _is_path(source: Any) -> bool:

@@ -14,7 +14,9 @@ from precision_lab.policy.treatment import SETTINGS
 
 FULL_PRECISION = "full_precision"  # name scope of the regions that policies leave alone
 PRODUCTS = frozenset(("dot_general", "conv_general_dilated"))
-_SHOWN = ("compute", "accum")
+# Keys that the column "settings" shows; `compute` and `accum` have columns of their own.
+_OF_PRODUCTS = tuple(key for key in SETTINGS if key not in ("compute", "accum"))
+_OF_OTHERS = ("op", "round")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +49,13 @@ class Site:
 
     @property
     def lhs(self) -> str:
-        """Shape and dtype of the first operand."""
-        return self.operands[0]
+        """Shape and dtype of the first operand; empty where there is none."""
+        return "".join(self.operands[:1])
 
     @property
     def rhs(self) -> str:
-        """Shape and dtype of the second operand."""
-        return self.operands[1]
+        """Shape and dtype of the second operand; empty where there is none."""
+        return "".join(self.operands[1:2])
 
     @property
     def is_product(self) -> bool:
@@ -76,13 +78,13 @@ class Site:
         if self.treatment is None:
             return self.reason
         default = Treatment()
-        given = {key: getattr(self.treatment, key) for key in SETTINGS if key not in _SHOWN}
+        given = {key: getattr(self.treatment, key) for key in (_OF_PRODUCTS if self.is_product else _OF_OTHERS)}
         return ",".join(f"{k}={SETTINGS[k].show(v)}" for k, v in given.items() if v != getattr(default, k))
 
     @property
     def name(self) -> str:
-        """The path alone for the only product of a parameter, else `path:op#index`."""
-        return self.path if self.has_parameter and self.index == 0 else self.full_name
+        """The path alone for the only product of a parameter that has one, else `path:op#index`."""
+        return self.path if self.path and self.has_parameter and self.index == 0 else self.full_name
 
     @property
     def full_name(self) -> str:
@@ -129,11 +131,10 @@ class SiteTable(Sequence[Site]):
 
     def __str__(self) -> str:
         from rich.console import Console
-        from rich.table import Table
+        from rich.table import Column, Table
 
-        table = Table(
-            "site", "operation", "operands", "Mflop", "compute", "accum", "settings", title=f"policy {self.policy}"
-        )
+        columns = ("site", "operation", "operands", "Mflop", "compute", "accum")
+        table = Table(*columns, Column("settings", overflow="fold"), title=f"policy {self.policy}")
         for site in self.sites:
             formats = (site.compute.name, str(site.accum)) if site.compute else ("", "")
             mflop = f"{site.flops / 1e6:.3g}" if site.is_product else ""

@@ -354,6 +354,13 @@ def test_a_rule_that_matches_nothing_is_an_error_on_the_first_call():
         model(TOKENS)
 
 
+def test_a_rule_that_matches_no_module_type_is_told_the_nearest_one():
+    model = apply_policy(NnxTransformer(rngs=nnx.Rngs(0)), "bfloat16_mixed;@NnxAtention:compute=float32")
+
+    with pytest.raises(ValueError, match=r"'@NnxAtention'\. Nearest module type around a site: '@NnxAttention'"):
+        model(TOKENS)
+
+
 def test_linen_params_are_stored_in_the_policys_dtype_and_other_collections_are_not_cast():
     class Normed(linen.Module):
         @linen.compact
@@ -424,6 +431,11 @@ def test_a_linen_policy_where_it_could_not_act_is_refused():
 def test_what_is_neither_model_nor_function_is_refused(target, message):
     with pytest.raises(TypeError, match=message):
         apply_policy(target, "float32")
+
+
+def test_a_function_has_sites_only_where_it_is_called():
+    with pytest.raises(TypeError, match="give its params first"):
+        sites(jnp.dot, policy="bfloat16_mixed")
 
 
 def test_a_container_without_a_call_is_refused():

@@ -254,3 +254,17 @@ def test_rounding_all_operations_of_a_policy_is_one_setting():
 
     # e^0.3 = 1.3499 is 1.375 in E4M3 (step 0.125), and 0.375 is on the grid.
     assert under((), jnp.float32(0.3)) == 0.375
+
+
+def test_the_table_says_of_an_operation_what_concerns_it_and_cuts_no_setting_off():
+    """Quantizers are not for operations that are no products; a long setting was cut off at the table's edge."""
+    policy = Policy.parse("w8a8,attention=int8@token,gradient=int8@token,stochastic;**:exp#*:round=float8_e4m3fn")
+
+    product, exponential = sites_of_function(lambda w, x: jnp.exp(x @ w), policy, jnp.eye(2), [jnp.eye(2)], {})
+
+    assert exponential.settings == "op=never,round=float8_e4m3fn"
+    assert (exponential.lhs, exponential.rhs) == ("float32[2,2]", "")
+    printed = str(sites_of_function(lambda w, x: jnp.exp(x @ w), policy, jnp.eye(2), [jnp.eye(2)], {}))
+    assert "".join(line.split("│")[7].strip() for line in printed.splitlines() if "│" in line).startswith(
+        product.settings
+    )

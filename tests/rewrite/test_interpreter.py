@@ -254,6 +254,16 @@ def test_a_rule_that_matches_nothing_is_an_error_that_names_the_nearest_site():
         under({"down": {"kernel": jnp.ones((2, 2))}}, jnp.ones((2, 2)))
 
 
+def test_a_product_of_a_parameter_without_a_path_goes_by_its_full_name():
+    """It went by the empty string, which neither a table nor an error can show."""
+    one = jnp.eye(2)
+    under = apply_to_function(jnp.dot, BFLOAT16.with_rule("up/**", compute="float32"))
+
+    assert [site.name for site in sites_of_function(jnp.dot, BFLOAT16, one, [one], {})] == [":dot_general#0"]
+    with pytest.raises(ValueError, match=r"matched no site: 'up/\*\*'\. Nearest site: ':dot_general#0'"):
+        under(one, one)
+
+
 def test_the_path_of_a_parameter_survives_scans_casts_and_slices():
     params = {"blocks": jnp.ones((4, 3, 3)), "table": jnp.ones((7, 3), jnp.bfloat16)}
 
