@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from precision_lab.formats import Format
 from precision_lab.policy import Accumulator, Treatment
 from precision_lab.policy.treatment import SETTINGS
+from precision_lab.rewrite.printing import table_text
 
 FULL_PRECISION = "full_precision"  # name scope of the regions that policies leave alone
 PRODUCTS = frozenset(("dot_general", "conv_general_dilated"))
@@ -130,7 +130,6 @@ class SiteTable(Sequence[Site]):
         return pd.DataFrame(self.to_dicts())
 
     def __str__(self) -> str:
-        from rich.console import Console
         from rich.table import Column, Table
 
         columns = ("site", "operation", "operands", "Mflop", "compute", "accum")
@@ -139,9 +138,7 @@ class SiteTable(Sequence[Site]):
             formats = (site.compute.name, str(site.accum)) if site.compute else ("", "")
             mflop = f"{site.flops / 1e6:.3g}" if site.is_product else ""
             table.add_row(site.name, site.op, " ".join(site.operands), mflop, *formats, site.settings)
-        stream = io.StringIO()
-        Console(file=stream, width=160).print(table)
-        return stream.getvalue()
+        return table_text(table, width=160)
 
 
 def _to_dict(site: Site) -> dict[str, Any]:

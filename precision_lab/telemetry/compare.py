@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from precision_lab.nn.pure import PureCall, pure_call
 from precision_lab.policy import Policy
 from precision_lab.rewrite import OUTPUT, SHADOW, Collector, Mark, harvest, observing, trace
+from precision_lab.rewrite.printing import table_text
 from precision_lab.telemetry.observe import under_policy
 from precision_lab.telemetry.statistics import thinned
 
@@ -103,16 +103,13 @@ class Comparison(Sequence[Compared]):
         return pd.DataFrame(self.to_dicts())
 
     def __str__(self) -> str:
-        from rich.console import Console
         from rich.table import Table
 
         numbers = [f"{kind}: {name}" for kind in ("local", "cumulative") for name in ("SQNR dB", "max abs", "max rel")]
         table = Table("site", "policy", *numbers, title=f"errors against {self.reference}")
         for row in self.rows:
             table.add_row(row.site, row.policy, *_cells(row.local), *_cells(row.cumulative))
-        stream = io.StringIO()
-        Console(file=stream, width=180).print(table)
-        return stream.getvalue()
+        return table_text(table, width=180)
 
 
 def compare(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 
 from precision_lab.rewrite import Mark
+from precision_lab.rewrite.printing import table_text
 from precision_lab.telemetry.reading import Reading
 from precision_lab.telemetry.statistics import TensorStats, merge
 
@@ -101,7 +101,6 @@ class Observation:
         return plot(self, **options)
 
     def __str__(self) -> str:
-        from rich.console import Console
         from rich.table import Table
 
         columns = ("amax", "rms", "zero", "below", "flushed", "beyond", "inf/nan", "SQNR dB", "exponents")
@@ -112,9 +111,7 @@ class Observation:
             sizes = (f"{row['amax']:.3g}", f"{row['rms']:.3g}")
             noise = f"{row['sqnr_db']:.1f}" if self.rounded else ""
             table.add_row(row["site"], row["role"], row["format"], *sizes, *shares, bad, noise, reading.sparkline())
-        stream = io.StringIO()
-        Console(file=stream, width=180).print(table)
-        return stream.getvalue()
+        return table_text(table, width=180)
 
     __repr__ = __str__
 

@@ -1,9 +1,11 @@
 """Pictures say what the readings say."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from precision_lab.telemetry import observe
+from precision_lab.nn import sites
+from precision_lab.telemetry import compare, observe
 
 W = 2.0 ** np.arange(-12, 4).reshape(4, 4).astype(np.float32)
 
@@ -38,6 +40,15 @@ def test_the_table_prints_every_tensor_with_its_shares(seen):
     assert "18.8%" in line
     row = seen.to_dicts()[1]
     assert (row["site"], row["format"], row["below"], row["flushed"]) == ("w", "float8_e4m3fn", 6 / 16, 3 / 16)
+
+
+def test_tables_are_text_in_a_notebook_too(seen, monkeypatch):
+    """There, str(table) was empty, because rich displayed the table by itself."""
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    one = jnp.eye(2)
+    tables = [seen, compare(jnp.dot, ["float32", "bfloat16_mixed"], one, one), sites(jnp.dot, one, one)]
+
+    assert ["│" in str(table) for table in tables] == [True] * 3
 
 
 def test_what_cannot_be_drawn_is_refused(seen):
