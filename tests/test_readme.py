@@ -2,10 +2,32 @@
 
 import contextlib
 import io
+import itertools
 import pathlib
 import re
 
+from precision_lab.policy import PRESETS, parsing
+
 README = pathlib.Path(__file__).parents[1] / "README.md"
+
+
+def table(header):
+    """Returns the rows of the README's table with this header, each as its cells."""
+    below = README.read_text().partition(f"\n{header}\n")[2].splitlines()
+    rows = list(itertools.takewhile(lambda line: line.startswith("|"), below))
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[1:]]
+
+
+def test_the_table_of_presets_is_that_of_the_package():
+    expected = {f"`{name}`": preset.summary for name, preset in PRESETS.items()}
+
+    assert dict(table("| preset | what it is |")) == expected
+
+
+def test_the_table_of_keys_has_every_key_of_a_policy_and_no_other():
+    named = [key for row in table("| key | says | values |") for key in re.findall(r"`(\w+)`", row[0])]
+
+    assert sorted(named) == sorted({*parsing.KEYS, *parsing.RULE_KEYS})
 
 
 def test_the_code_of_the_readme_prints_what_stands_below_it():
