@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from precision_lab.bench.interleaved import Timing, environment, time_interleaved
+from precision_lab.bench import report
+from precision_lab.bench.interleaved import environment, time_interleaved
+from precision_lab.bench.report import row
 from precision_lab.formats import format, round_to, stack_formats
 from precision_lab.formats.block_rounding import round_to_blocks
 from precision_lab.formats.codebook_rounding import round_to_codebook
@@ -31,6 +30,7 @@ TARGETS = {
     "nvfp4": 9.0,
 }
 PACKAGES = ("jax", "jaxlib", "numpy", "ml_dtypes", "gfloat", "pychop", "torch", "torchao", "qtorch")
+UNIT = "copies"
 
 Calls = dict[str, Callable[[], Any]]
 
@@ -139,43 +139,16 @@ def run(*, count: int = 1_000_000, rounds: int = 60, budget_s: float = 1.0) -> d
         "elements": -(-count // 1024) * 1024,
         "rounds": rounds,
         **environment(PACKAGES),
-        "rows": [_row(timing) for timing in timings],
+        "rows": [row(timing, TARGETS.get(timing.name)) for timing in timings],
     }
 
 
-def _row(timing: Timing) -> dict[str, Any]:
-    """Returns one row, with its target and whether that is met."""
-    target = TARGETS.get(timing.name)
-    rounded = {key: value if isinstance(value, str) else float(f"{value:.4g}") for key, value in asdict(timing).items()}
-    return {**rounded, "target": target, "met": None if target is None else timing.ratio <= target}
+def title(result: dict[str, Any]) -> str:
+    """Returns what the table of a result is called."""
+    return f"{result['elements']:,} elements on {result['device']}"
 
 
 def markdown(result: dict[str, Any]) -> str:
     """Returns the benchmark as a Markdown page."""
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    lines = [
-        "# Rounding against one copy of the array",
-        "",
-        f"{result['elements']:,} float32 elements, medians of {result['rounds']} interleaved rounds.",
-        f"{result['device']}, {result['cores']} cores; Python {result['python']}, {versions}.",
-        f"Written by `{result['command']} --write DIRECTORY`.",
-        "",
-        "| what | copies | quartiles | ms | target |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    for row in result["rows"]:
-        target = "" if row["target"] is None else f"<= {row['target']}{'' if row['met'] else ' (missed)'}"
-        quartiles = f"{row['low']:.2f} - {row['high']:.2f}"
-        lines.append(f"| {row['name']} | {row['ratio']:.2f} | {quartiles} | {1e3 * row['median_s']:.3f} | {target} |")
-    return "\n".join(lines) + "\n"
-
-
-def write(result: dict[str, Any], directory: Path) -> list[Path]:
-    """Writes the benchmark as formats-<device>.json and .md; returns the paths."""
-    words = "".join(each if each.isalnum() else " " for each in result["device"].lower()).split()
-    stem = f"formats-{'-'.join(words) or result['platform']}"
-    directory.mkdir(parents=True, exist_ok=True)
-    page, data = directory / f"{stem}.md", directory / f"{stem}.json"
-    page.write_text(markdown(result))
-    data.write_text(json.dumps(result, indent=2) + "\n")
-    return [data, page]
+    lead = f"{result['elements']:,} float32 elements, medians of {result['rounds']} interleaved rounds."
+    return report.markdown(result, title="Rounding against one copy of the array", lead=lead, unit=UNIT)

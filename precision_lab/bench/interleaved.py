@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16")
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -34,13 +36,20 @@ class Timing:
     high: float
 
 
-def time_interleaved(candidates: Mapping[str, Callable[[], Any]], *, rounds: int, budget_s: float) -> list[Timing]:
+def time_interleaved(
+    candidates: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int,
+    budget_s: float,
+    on_round: Callable[[], None] = lambda: None,
+) -> list[Timing]:
     """Returns the timings of candidates, the first of which is the baseline of all ratios.
 
     Args:
       candidates: functions without arguments that return when their work is done; each is called once beforehand.
       rounds: calls of each candidate.
       budget_s: seconds to spend on one candidate; slow ones are called in fewer rounds, at least three.
+      on_round: called when a round is done.
 
     Raises:
       ValueError: fewer than three rounds, which have no quartiles.
@@ -62,7 +71,30 @@ def time_interleaved(candidates: Mapping[str, Callable[[], Any]], *, rounds: int
             before, seconds, after = _seconds(baseline), _seconds(call), _seconds(baseline)
             spent[name].append(seconds)
             ratios[name].append(2 * seconds / (before + after))
+        on_round()
     return [_timing(name, spent[name], ratios[name]) for name in candidates]
+
+
+def time_alternating(name: str, baseline: Callable[[], Any], call: Callable[[], Any], *, rounds: int) -> Timing:
+    """Returns the timing of `call` in turns with the baseline, for calls of seconds that no cache makes faster.
+
+    Args:
+      name: the candidate.
+      baseline, call: functions without arguments, each called once beforehand.
+      rounds: calls of the candidate, at least three; the baseline is called before and after each.
+
+    Raises:
+      ValueError: fewer than three rounds, which have no quartiles.
+    """
+    if rounds < 3:
+        raise ValueError(f"rounds must be at least 3, got {rounds}.")
+    baseline()
+    call()
+    times, spent = [_seconds(baseline)], []
+    for _ in range(rounds):
+        spent.append(_seconds(call))
+        times.append(_seconds(baseline))
+    return _timing(name, spent, [2 * s / (a + b) for s, a, b in zip(spent, times, times[1:], strict=False)])
 
 
 def _seconds(call: Callable[[], Any]) -> float:
@@ -79,7 +111,10 @@ def _timing(name: str, spent: list[float], ratios: list[float]) -> Timing:
 
 
 def environment(packages: tuple[str, ...]) -> dict[str, Any]:
-    """Returns what a timing depends on: device, cores, Python, and the versions of those packages that are there."""
+    """Returns what a timing depends on: device, cores, Python, and the versions of those packages that are there.
+
+    On a CPU `bfloat16_units` are those of its instructions, of `BFLOAT16_UNITS`, that multiply in bfloat16.
+    """
     import jax
 
     device = jax.devices()[0]
@@ -92,6 +127,7 @@ def environment(packages: tuple[str, ...]) -> dict[str, Any]:
     return {
         "platform": device.platform,
         "device": _processor() if device.platform == "cpu" else device.device_kind,
+        "bfloat16_units": _bfloat16_units() if device.platform == "cpu" else [],
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": versions,
@@ -100,9 +136,19 @@ def environment(packages: tuple[str, ...]) -> dict[str, Any]:
 
 def _processor() -> str:
     """Returns the name of the processor, as far as the system tells it."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _bfloat16_units() -> list[str]:
+    """Returns the flags of the processor among `BFLOAT16_UNITS`, as far as the system tells them."""
+    flags = _cpuinfo("flags").split()
+    return [unit for unit in BFLOAT16_UNITS if unit in flags]
+
+
+def _cpuinfo(key: str) -> str:
+    """Returns a value of the first processor in /proc/cpuinfo, or an empty string."""
     try:
         with open("/proc/cpuinfo") as lines:
-            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+            return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key), "")
     except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+        return ""

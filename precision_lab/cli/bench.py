@@ -1,20 +1,25 @@
-"""The command `bench`: the project's kernels beside their peers, as ratios."""
+"""The command `bench`: the project's kernels and training steps beside their peers, as ratios."""
 
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from rich.progress import Progress
+
+from precision_lab.cli.output import console, error_console
+
+_PATIENCE_S = 2.0
 
 
 def register(app: typer.Typer) -> None:
     """Adds the commands of this module to `app`."""
-    bench = typer.Typer(help="Time the project's kernels beside their peers.", no_args_is_help=True)
+    bench = typer.Typer(help="Time the project's kernels and training steps beside their peers.", no_args_is_help=True)
     bench.command("formats")(bench_formats_command)
+    bench.command("mixed")(bench_mixed_command)
     app.add_typer(bench, name="bench")
 
 
@@ -27,18 +32,56 @@ def bench_formats_command(
     """Time rounding to number formats against one copy of the array, with the peers that are installed."""
     from precision_lab.bench import formats as benchmark
 
-    result = benchmark.run(count=count, rounds=rounds)
-    paths = [] if write is None else benchmark.write(result, write)
+    _present(benchmark, benchmark.run(count=count, rounds=rounds), write, as_json=as_json)
+
+
+def bench_mixed_command(
+    model: Annotated[str, typer.Option(help="transformer, convnet or both.")] = "both",
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds to take medians of.", min=3)] = 10,
+    small: Annotated[
+        bool, typer.Option("--small", help="Tiny models, to try the command; ratios say nothing.")
+    ] = False,
+    write: Annotated[Path | None, typer.Option(help="Directory to write a JSON and a Markdown file to.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Time training steps under policies against float32, jmp and Flax's dtype=, and what a policy costs."""
+    from precision_lab.bench import mixed as benchmark
+
+    with _Bar(benchmark.work(model, rounds)) as bar:
+        result = benchmark.run(model=model, rounds=rounds, small=small, tell=bar.tell)
+    _present(benchmark, result, write, as_json=as_json)
+
+
+def _present(benchmark: Any, result: dict[str, Any], directory: Path | None, *, as_json: bool) -> None:
+    """Writes the result of a benchmark module, and prints it."""
+    from precision_lab.bench import report
+
+    paths = [] if directory is None else report.write(result, benchmark.markdown(result), directory)
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return
-    table = Table(title=f"{result['elements']:,} elements on {result['device']}", title_justify="left")
-    for heading in ("what", "copies", "quartiles", "ms", "target"):
-        table.add_column(heading, justify="left" if heading == "what" else "right")
-    for row in result["rows"]:
-        target = "" if row["target"] is None else f"{row['target']:g} {'met' if row['met'] else 'missed'}"
-        quartiles = f"{row['low']:.2f} - {row['high']:.2f}"
-        table.add_row(row["name"], f"{row['ratio']:.2f}", quartiles, f"{1e3 * row['median_s']:.3f}", target)
-    Console().print(table)
+    console().print(report.table(result, title=benchmark.title(result), unit=benchmark.UNIT))
     for path in paths:
         typer.echo(f"wrote {path}")
+
+
+class _Bar:
+    """A progress bar on stderr that appears when two seconds have passed, and goes when the work is done."""
+
+    def __init__(self, total: int) -> None:
+        self._progress = Progress(console=error_console(), transient=True)
+        self._task = self._progress.add_task("", total=total)
+        self._shown = threading.Timer(_PATIENCE_S, self._progress.start)
+
+    def tell(self, message: str, units: int) -> None:
+        """Notes what is being done, and that so many units are done."""
+        self._progress.update(self._task, description=message, advance=units)
+
+    def __enter__(self) -> _Bar:
+        self._shown.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._shown.cancel()
+        self._shown.join()
+        self._progress.stop()
