@@ -48,12 +48,13 @@ class DelayedScaling:
         if self.length < 1:
             raise ValueError(f"DelayedScaling(length={self.length}): the history holds at least one step.")
 
-    def init(self, fn: Callable[..., Any], params: Any, *args: Any) -> History:
+    def init(self, fn: Callable[..., Any], params: Any, *args: Any, has_aux: bool = False) -> History:
         """Returns a history that starts from the magnitudes of a first pass, so that its step is not out of range.
 
         Args:
           fn: function of params and `args` to a scalar loss, or to (loss, auxiliary data).
           params, args: what it is called with.
+          has_aux: whether `fn` returns (loss, auxiliary data).
 
         Raises:
           ValueError: no site of the policy has one scale for each of its tensors.
@@ -63,7 +64,7 @@ class DelayedScaling:
                 f"policy '{self.policy}' has no site with one scale for each tensor, which is what delayed scaling is "
                 "for. Give weight= and activation= with @tensor, as the preset 'float8_hybrid' does."
             )
-        found = jax.jit(lambda params, args: self._measured(fn, params, args, None)[1])(params, args)
+        found = jax.jit(lambda params, args: self._measured(fn, params, args, None, has_aux=has_aux)[1])(params, args)
         return jax.tree.map(lambda amax: _pushed(jnp.zeros(self.length, jnp.float32), amax), found)
 
     def value_and_grad(self, fn: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., Any]:

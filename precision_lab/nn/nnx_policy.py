@@ -23,6 +23,7 @@ from precision_lab.rewrite import SiteTable, call, sites_of_function
 def nnx_under_policy(model: nnx.Module, policy: Policy) -> Any:
     """Returns a copy of `model` under `policy`; a policy that it already has is replaced."""
     copy = nnx.clone(model)
+    _refuse_policies_inside(copy)
     nnx.update(copy, policy.cast_to_param(nnx.state(copy, nnx.Param)))
     plain = _plain_class(type(copy))
     if isinstance(copy, CONTAINERS) or not _methods(plain):
@@ -30,6 +31,17 @@ def nnx_under_policy(model: nnx.Module, policy: Policy) -> Any:
     _open_scopes(copy)
     copy.__class__ = _class_under_policy(plain, policy)
     return copy
+
+
+def _refuse_policies_inside(model: nnx.Module) -> None:
+    """Raises ValueError if a part of `model` has a policy, which the policy of the whole would replace in silence."""
+    for path, module in nnx.iter_modules(model):
+        if path and "precision_policy" in type(module).__dict__:
+            where = "/".join(map(str, path))
+            raise ValueError(
+                f"'{where}' is under a policy already, and one policy cannot be a part of another: apply the policy to "
+                f"the whole model, with rules for its parts, such as '{where}/**:compute=float32'."
+            )
 
 
 def nnx_sites(model: nnx.Module, policy: Policy, args: Any, kwargs: Any, *, everything: bool) -> SiteTable:

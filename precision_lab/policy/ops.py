@@ -33,7 +33,7 @@ FLOAT32 = _words("""
     cumlogsumexp reduce_window_sum reduce_max reduce_min
 """)
 PROMOTE = _words("""
-    add add_any sub mul div max min rem atan2 nextafter select_n clamp concatenate pad dynamic_update_slice eq ne lt
+    add add_any sub mul div max min rem atan2  select_n clamp concatenate pad dynamic_update_slice eq ne lt
     le gt ge
 """)
 FOLLOW = _words("""
@@ -48,7 +48,7 @@ ACTIVATIONS = _words("""
 """)
 # Bit patterns and random numbers mean something in one type only.
 NEVER = _words("""
-    bitcast_convert_type reduce_precision convert_element_type iota
+    bitcast_convert_type reduce_precision convert_element_type iota nextafter
 """)
 
 OP_TABLE: Mapping[str, str] = MappingProxyType(

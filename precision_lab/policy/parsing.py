@@ -17,7 +17,9 @@ from precision_lab import formats
 from precision_lab.policy.policy import Policy
 from precision_lab.policy.presets import PRESETS, preset
 from precision_lab.policy.treatment import FLOAT32, JMP_FORMATS, QUANTIZERS, SETTINGS, default_accum, read_format
+from precision_lab.quant.options import STRENGTHS
 
+QUANTIZER_OPTIONS = ("clip", "scale", *STRENGTHS)  # what a quantizer writes with an equals sign of its own
 SHORT = {"p": "params", "c": "compute", "o": "output"}
 RULE_KEYS = tuple(SETTINGS)
 KEYS = ("params", "compute", "output", *(key for key in SETTINGS if key != "compute"), "ops")
@@ -106,7 +108,8 @@ def _pieces(text: str) -> list[str]:
     pieces: list[str] = []
     for part in text.split(","):
         in_quantizer = pieces and pieces[-1].partition("=")[0].strip().lower() in QUANTIZERS
-        if in_quantizer and part.strip() and "=" not in part:
+        option = part.partition("=")[0].strip().lower() in QUANTIZER_OPTIONS
+        if in_quantizer and part.strip() and ("=" not in part or option):
             pieces[-1] += "," + part.strip()
         else:
             pieces.append(part)

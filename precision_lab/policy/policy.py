@@ -152,7 +152,12 @@ class Policy(Treatment):
     @property
     def reaches_operations(self) -> bool:
         """Whether anything but products may be changed."""
-        return self.ops == "autocast" or self.round is not None or any(rule.sets("op", "round") for rule in self.rules)
+        return (
+            self.ops == "autocast"
+            or self.round is not None
+            or self.op is not None
+            or any(rule.sets("op", "round") for rule in self.rules)
+        )
 
     def cast_to_param(self, tree: Tree) -> Tree:
         """Returns `tree` with its floating arrays in the params dtype; see `cast_floating` for what stays."""

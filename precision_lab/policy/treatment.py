@@ -154,10 +154,23 @@ def check_treatment(treatment: Treatment, *, where: str) -> None:
         raise ValueError(f"backward=requantized{where} has nothing to quantize: dgrad and wgrad are both given.")
     if treatment.backward is not None and not treatment.quantizes:
         raise ValueError(f"backward={treatment.backward}{where} needs weight=, activation= or gradient=.")
+    _check_estimators(treatment, where)
     if treatment.gradient is not None and treatment.backward in ("quantized", "original"):
         raise ValueError(
             f"gradient={treatment.gradient}{where} quantizes all three products anew: backward can only be requantized."
         )
+
+
+def _check_estimators(treatment: Treatment, where: str) -> None:
+    """Raises where a quantizer has a gradient estimator that the backward products would pass over."""
+    inside = treatment.gradient is not None or treatment.backward in ("original", "requantized")
+    for key in QUANTIZERS if inside else ("gradient",):
+        quantizer = getattr(treatment, key)
+        if quantizer is not None and quantizer.estimator != "ste":
+            raise ValueError(
+                f"{key}={quantizer}{where}: gradient= and backward= go straight through a quantizer, so its estimator "
+                f"'{quantizer.estimator}' would have no effect; leave one of them out."
+            )
 
 
 def _check_simulated_accumulator(treatment: Treatment, where: str) -> None:

@@ -71,7 +71,8 @@ def replace_gradient(value: jax.Array, surrogate: jax.Array) -> jax.Array:
 
 @replace_gradient.defjvp
 def _replace_gradient_jvp(primals: Any, tangents: Any) -> Any:
-    return primals[0], tangents[1]
+    # Through the function itself, so that a second derivative finds the surrogate too.
+    return replace_gradient(*primals), tangents[1]
 
 
 def _point(x: jax.Array, parts: Parts, tiles: Tiles, given: Given, n: QuantizerParams, qz: Quantizer) -> Point:

@@ -188,6 +188,9 @@ def _path(path: Sequence[Any]) -> str:
 
 def _require_x64(policy: Policy) -> None:
     """Raises if the policy needs float64 arrays that JAX would silently make float32."""
-    wanted = [key for key in ("params", "compute", "output") if getattr(policy, key).name == "float64"]
+    inside = [(key, fmt) for rule in policy.rules for key, fmt in rule.settings]
+    inside += [(key, getattr(policy, key)) for key in ("dgrad", "wgrad", "round")]
+    wanted = [key for key, fmt in inside if getattr(fmt, "name", "") == "float64"]
+    wanted += [key for key in ("params", "compute", "output") if getattr(policy, key).name == "float64"]
     if wanted and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
         raise ValueError(f"{wanted[0]}=float64 needs 64-bit mode: jax.config.update('jax_enable_x64', True).")

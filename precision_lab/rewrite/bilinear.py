@@ -21,6 +21,8 @@ from precision_lab.rewrite import _compat
 from precision_lab.rewrite.accumulate import accumulated_convolution, accumulated_matmul
 from precision_lab.rewrite.quantized import codes_of
 
+INT32_TERMS = (2**31 - 1) // 127**2  # products of int8 codes that an int32 sum holds, whatever they are
+
 
 class Term(NamedTuple):
     """A product waiting to be taken: an operation and its two operands."""
@@ -52,8 +54,7 @@ class Matmul:
         axes = self.contracted()
         if how.codes:
             left, right = (codes_of(x, q, along) for x, q, along in zip((lhs, rhs), how.codes, axes, strict=True))
-            product = lax.dot_general(left.values, right.values, numbers, preferred_element_type=_sum_of(left.values))
-            return product.astype(jnp.float32) * left.scale * right.scale
+            return _sum_of_codes(left.values, right.values, numbers) * left.scale * right.scale
         lhs, rhs = how.prepared(lhs, 0, axes[0]), how.prepared(rhs, 1, axes[1])
         if not how.accum.is_native:
             return accumulated_matmul(lhs, rhs, how.accum)
@@ -124,7 +125,8 @@ class Convolution:
     def _convolve(self, eqn: Any, lhs: jax.Array, rhs: jax.Array, how: Any) -> jax.Array:
         """Evaluates the one convolution."""
         axes = self.contracted()
-        if how.codes and eqn.params["batch_group_count"] == 1:
+        terms = math.prod(rhs.shape[axis] for axis in axes[1])
+        if how.codes and eqn.params["batch_group_count"] == 1 and terms <= INT32_TERMS:
             left, right = (codes_of(x, q, along) for x, q, along in zip((lhs, rhs), how.codes, axes, strict=True))
             pair, changed = (left.values, right.values), {"preferred_element_type": _sum_of(left.values)}
             if pair[0].dtype != pair[1].dtype:  # JAX convolves one type only; bfloat16 holds every float8 exactly
@@ -191,6 +193,20 @@ def _vmapped(
 def _traced(fn: Callable, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> Convolution:
     """Traces a function of two float32 arrays."""
     return Convolution(jax.make_jaxpr(fn)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (lhs, rhs))))
+
+
+def _sum_of_codes(left: jax.Array, right: jax.Array, numbers: Any) -> jax.Array:
+    """Returns the float32 product of (..., M, K) and (..., K, N) codes, in int32 sums too short to overflow."""
+    sums = [
+        lax.dot_general(
+            lax.slice_in_dim(left, start, min(start + INT32_TERMS, left.shape[-1]), axis=-1),
+            lax.slice_in_dim(right, start, min(start + INT32_TERMS, left.shape[-1]), axis=-2),
+            numbers,
+            preferred_element_type=_sum_of(left),
+        ).astype(jnp.float32)
+        for start in range(0, max(left.shape[-1], 1), INT32_TERMS)
+    ]
+    return functools.reduce(jnp.add, sums)
 
 
 def _sum_of(codes: jax.Array) -> Any:

@@ -76,6 +76,8 @@ class Casting:
 
     def cast(self, x: jax.Array, fmt: Format) -> jax.Array:
         """Returns `x` in a format: in its dtype where that is multiplied, else on its grid in float32."""
+        if fmt.name == "float64":
+            return x.astype(jnp.float64)
         if not self.native or fmt.dtype is None:
             return round_to(x.astype(jnp.float32), fmt)
         return (round_to(x, fmt) if fmt.bits < 16 else x).astype(fmt.dtype)
@@ -166,14 +168,15 @@ def casting_of(
 def _is_native(treatment: Treatment, operands: tuple[Operand, Operand]) -> bool:
     """Returns whether a product runs in the arithmetic of its formats' own types."""
     compute = treatment.compute
-    quantized = any(operand.quantizer is not None for operand in operands)
     if treatment.execution != "native":
         return treatment.execution == "auto" and compute.name in NATIVE
-    if not quantized and compute.dtype is None:
+    if not have_both(operands) and compute.dtype is None:
         raise ValueError(f"execution=native: no array dtype holds compute={compute.name}; leave it simulated.")
-    if have_both(operands) and not have_codes(*(operand.quantizer for operand in operands)):
-        why = why_no_codes(*(operand.quantizer for operand in operands))
-        raise ValueError(f"execution=native: {why}; leave it simulated.")
+    left, right = (operand.quantizer for operand in operands)
+    pairs = [(left, right), (treatment.gradient, right), (left, treatment.gradient)]
+    for pair in pairs if treatment.gradient else pairs[:1]:
+        if all(pair) and (why := why_no_codes(*pair)):
+            raise ValueError(f"execution=native: {why}; leave it simulated.")
     return True
 
 
@@ -248,10 +251,10 @@ def _with_derivative(op: Any, how: Casting, forward: Casting | None = None) -> C
         return _evaluate(*(raw or (lhs, rhs)), op=op, how=forward or how)
 
     evaluate.__name__ = PRODUCT
-    product = jax.custom_jvp(evaluate, nondiff_argnums=(2, 3) if forward else ())
+    product = jax.custom_jvp(evaluate)
 
-    def jvp(*arguments: Any) -> tuple[jax.Array, Any]:
-        *raw, (lhs, rhs), tangents = arguments
+    def jvp(primals: Any, tangents: Any) -> tuple[jax.Array, Any]:
+        (lhs, rhs, *raw), tangents = primals, tangents[:2]
         pairs = ((tangents[0], how.kept(rhs, 1)), (how.kept(lhs, 0), tangents[1]))
         terms = [
             _bilinear_product(Term(op, *pair), how.with_tangent(operand))

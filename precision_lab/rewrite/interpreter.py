@@ -49,7 +49,7 @@ def _execute(step: Cast | Operate | Observed | Enter | None, eqn: Any, given: Va
     if isinstance(step, Observed):
         return _observe(step, eqn, given)
     if isinstance(step, Cast) and step.amaxes is not None:
-        return rounded([scaled_product(eqn, given[0], given[1], step.casting, step.amaxes)], step.treatment.round)
+        return rounded([_scaled(step, eqn, given)], step.treatment.round)
     if isinstance(step, Cast):
         product = cast_product(eqn, given[0], given[1], step.casting, before=step.before, of_tangents=step.of_tangents)
         return rounded([product], step.treatment.round)
@@ -57,6 +57,13 @@ def _execute(step: Cast | Operate | Observed | Enter | None, eqn: Any, given: Va
         return operate(step, eqn, given)
     results = _enter(step, eqn, given)
     return like_operand(results, given) if step.is_activation else results
+
+
+def _scaled(step: Cast, eqn: Any, given: Values) -> Any:
+    """Evaluates a product under scales from outside."""
+    assert step.amaxes is not None
+    before = step.before is not None
+    return scaled_product(eqn, given[0], given[1], step.casting, step.amaxes, before=before)
 
 
 def _enter(step: Enter, eqn: Any, given: Values) -> Values:

@@ -103,7 +103,7 @@ class Planner:
           origins: provenance of each input.
           scope: name stack around the jaxpr.
         """
-        known = dict(zip(jaxpr.invars, origins, strict=True)) | dict.fromkeys(jaxpr.constvars, CONSTANT)
+        known = dict(zip(jaxpr.invars, origins, strict=True)) | {var: _captured(var.aval) for var in jaxpr.constvars}
 
         def origin(atom: Any) -> Any:
             return CONSTANT if _compat.is_literal(atom) else known.get(atom)
@@ -139,16 +139,19 @@ class Planner:
             return None
         site = self._site(eqn, [], scope)
         treatment = self.policy.at(*_names(site))
-        autocast = self.policy.ops == "autocast" and not _is_full_precision(scope)
-        category = treatment.op or (OP_TABLE.get(site.op, "never") if autocast else "never")
-        reason = "" if site.op in OP_TABLE or not autocast or treatment.op else "not in the op table: runs as traced"
+        if _is_full_precision(scope):
+            self.sites.append(dataclasses.replace(site, reason="full_precision region"))
+            return None
+        autocast, table = self.policy.ops == "autocast", {**OP_TABLE, MARKED: "follow"}
+        category = treatment.op or (table.get(site.op, "never") if autocast else "never")
+        reason = "" if site.op in table or not autocast or treatment.op else "not in the op table: runs as traced"
         if self.policy.ops == "products" and treatment.op is None and treatment.round is None:
             reason = "as written: ops=products"
         decided = dataclasses.replace(treatment, op=category)
         self.sites.append(dataclasses.replace(site, treatment=None if reason else decided, reason=reason))
-        if category == "low" and treatment.compute.dtype is None:
+        if category == "low" and treatment.compute.name not in CASTABLE:
             raise ValueError(
-                f"op=low at '{site.full_name}' needs a compute format with a dtype, not {treatment.compute.name}."
+                f"op=low at '{site.full_name}' needs float16, bfloat16 or float32, not {treatment.compute.name}."
             )
         if category == "never" and treatment.round is None:
             return None
@@ -169,7 +172,8 @@ class Planner:
             if eqn.primitive.name not in ("scan", "while", "cond", _compat.LINEAR_SOLVE):
                 outputs = returned
         self._of_tangents, self._reaches_operations = of_tangents, operations
-        is_activation = self.policy.ops == "autocast" and _compat.function_name(eqn) in ACTIVATIONS
+        autocast = self.policy.ops == "autocast" and not _is_full_precision(scope)
+        is_activation = autocast and _compat.function_name(eqn) in ACTIVATIONS
         empty = all(plan.is_empty for plan in plans) and not _compat.rule_may_hold(eqn, PRODUCTS)
         if empty and not is_activation:
             return None, outputs
@@ -207,7 +211,8 @@ class Planner:
     def _result(self, eqn: Any, treatment: Treatment) -> Any:
         """Returns the dtype of a product's result: the compute dtype under autocast, else what the model expects."""
         autocast = self._reaches_operations and self.policy.ops == "autocast"
-        narrow = treatment.compute.name in ("float16", "bfloat16")
+        widened = eqn.outvars[0].aval.dtype != eqn.invars[0].aval.dtype  # the author asked for a wider result
+        narrow = treatment.compute.name in ("float16", "bfloat16") and not widened
         return treatment.compute.dtype if autocast and narrow else eqn.outvars[0].aval.dtype
 
     def _observed(self, step: Cast | None, sources: Origins) -> Cast | Observed | None:
@@ -291,6 +296,11 @@ def _unused_message(pattern: str, unused: int, total: int, sites: Sequence[Site]
     literal = pattern.replace("**/", "").replace("/**", "")
     near = difflib.get_close_matches(literal, known, n=1, cutoff=0) or known[:1]
     return f"{unused} of {total} rules matched no site: '{pattern}'. Nearest {kind}: '{near[0]}'."
+
+
+def _captured(aval: Any) -> Any:
+    """Returns the provenance of a captured array: masks and scalars are nobody's data, all else may be a batch."""
+    return CONSTANT if aval.dtype == np.bool_ or aval.ndim == 0 else None
 
 
 def _is_path(source: Any) -> bool:

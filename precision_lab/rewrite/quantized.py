@@ -78,5 +78,10 @@ def _key_of(x: jax.Array) -> jax.Array:
     same way each time, and another one independently of it.
     """
     words = jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(-1)
-    odd = jnp.arange(words.size, dtype=jnp.uint32) * np.uint32(2) + np.uint32(1)
-    return jax.random.key(jnp.sum(words * odd, dtype=jnp.uint32), impl="threefry2x32")
+    words = words ^ (jnp.arange(words.size, dtype=jnp.uint32) * np.uint32(0x9E3779B9))
+    for shift, factor in (
+        (16, 0x7FEB352D),
+        (15, 0x846CA68B),
+    ):  # every bit of a word reaches every bit of the sum
+        words = (words ^ (words >> shift)) * np.uint32(factor)
+    return jax.random.key(jnp.sum(words ^ (words >> 16), dtype=jnp.uint32), impl="threefry2x32")

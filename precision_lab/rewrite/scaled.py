@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from precision_lab.policy import Treatment
 from precision_lab.quant import Quantizer
@@ -38,7 +39,9 @@ class Amaxes(NamedTuple):
         return jnp.where(amax > 0, amax / jnp.float32(quantizer.format.max) * jnp.float32(2.0**self.margin), 1)
 
 
-def scaled_product(eqn: Any, lhs: jax.Array, rhs: jax.Array, how: Casting, amaxes: Amaxes) -> jax.Array:
+def scaled_product(
+    eqn: Any, lhs: jax.Array, rhs: jax.Array, how: Casting, amaxes: Amaxes, *, before: bool
+) -> jax.Array:
     """Evaluates a product under given scales.
 
     Args:
@@ -46,6 +49,7 @@ def scaled_product(eqn: Any, lhs: jax.Array, rhs: jax.Array, how: Casting, amaxe
       lhs, rhs: its operands.
       how: how it is computed; its quantizers, all with one scale for each tensor, are used without their own.
       amaxes: what the scales are made of. Values beyond the largest of a format become that.
+      before: whether operands are quantized before the product, see `casting_of`.
     """
     left, right = (operand.quantizer for operand in how.operands)
     gradient = how.cotangent.quantizer
@@ -53,13 +57,16 @@ def scaled_product(eqn: Any, lhs: jax.Array, rhs: jax.Array, how: Casting, amaxe
         how,
         operands=tuple(dataclasses.replace(one, quantizer=unscaled(one.quantizer)) for one in how.operands),
         cotangent=dataclasses.replace(how.cotangent, quantizer=gradient and unscaled(gradient)),
+        result=np.dtype(np.float32),  # sums of codes are large; the result gets its dtype under its scale
     )
     of_lhs, of_rhs = amaxes.scale("lhs", left), amaxes.scale("rhs", right)
     of_gradient = amaxes.scale("output_cotangent", gradient) if gradient else jnp.float32(1)
     lhs = _entering(lhs.astype(jnp.float32), of_lhs, of_rhs * of_gradient, _limit(left))
     rhs = _entering(rhs.astype(jnp.float32), of_rhs, of_lhs * of_gradient, _limit(right))
-    product = cast_product(eqn, lhs, rhs, bare)
-    return _leaving(product, of_lhs * of_rhs, of_gradient, _limit(gradient) if gradient else float("inf"))
+    pair = (bare.operands[0].quantizer, bare.operands[1].quantizer) if before else None
+    product = cast_product(eqn, lhs, rhs, bare, before=pair)
+    out = _leaving(product, of_lhs * of_rhs, of_gradient, _limit(gradient) if gradient else float("inf"))
+    return out.astype(how.result)
 
 
 def unscaled(quantizer: Quantizer) -> Quantizer:
@@ -68,16 +75,17 @@ def unscaled(quantizer: Quantizer) -> Quantizer:
 
 
 def takes_scales(quantizer: Quantizer | None) -> bool:
-    """Returns whether one scale for the whole tensor is what a quantizer needs."""
-    if quantizer is None or not quantizer.is_scaled or quantizer.has_zero_point:
+    """Returns whether one scale for the whole tensor, found from its amax, is all that a quantizer says."""
+    if quantizer is None or quantizer.format.kind not in ("int", "float"):
         return False
-    return quantizer.granularity.kind == "tensor" and quantizer.format.kind in ("int", "float")
+    plain = Quantizer(quantizer.format, granularity="tensor", rounding=quantizer.rounding)
+    return quantizer == plain and quantizer.is_scaled
 
 
 def scaled_roles(treatment: Treatment, has_parameter: bool) -> tuple[str, ...]:
     """Returns the tensors at a site that take given scales; none where one of its quantizers needs its own."""
     operands = (treatment.activation, treatment.weight) if has_parameter else (treatment.attention,) * 2
-    if not all(map(takes_scales, operands)):
+    if not all(map(takes_scales, operands)) or not treatment.accum.is_native:
         return ()
     if treatment.gradient is None:
         return ROLES[:2]
