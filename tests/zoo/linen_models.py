@@ -18,11 +18,11 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, train):
-        y = nn.relu(nn.BatchNorm(use_running_average=not train)(nn.Conv(self.features, (3, 3), use_bias=False)(x)))
+        y = nn.gelu(nn.BatchNorm(use_running_average=not train)(nn.Conv(self.features, (3, 3), use_bias=False)(x)))
         y = nn.BatchNorm(use_running_average=not train)(nn.Conv(self.features, (3, 3), use_bias=False)(y))
         if x.shape != y.shape:
             x = nn.Conv(self.features, (1, 1), name="shortcut")(x)
-        return nn.relu(x + y)
+        return nn.gelu(x + y)
 
 
 class CNN(nn.Module):
@@ -30,7 +30,7 @@ class CNN(nn.Module):
 
     @nn.compact
     def __call__(self, x, train=True):
-        x = nn.max_pool(nn.relu(nn.Conv(4, (3, 3), strides=2)(x)), (2, 2))
+        x = nn.max_pool(nn.gelu(nn.Conv(4, (3, 3), strides=2)(x)), (2, 2))
         for features in (4, 8):
             x = ResidualBlock(features)(x, train)
         x = nn.Dropout(0.2, deterministic=not train)(x.mean((1, 2)))

@@ -25,8 +25,8 @@ class ResidualBlock(nnx.Module):
         self.shortcut = nnx.Conv(features_in, features, (1, 1), rngs=rngs) if features_in != features else None
 
     def __call__(self, x):
-        y = self.norms[1](self.second(nnx.relu(self.norms[0](self.first(x)))))
-        return nnx.relu(y + (x if self.shortcut is None else self.shortcut(x)))
+        y = self.norms[1](self.second(nnx.gelu(self.norms[0](self.first(x)))))
+        return nnx.gelu(y + (x if self.shortcut is None else self.shortcut(x)))
 
 
 class CNN(nnx.Module):
@@ -39,7 +39,7 @@ class CNN(nnx.Module):
         self.head = nnx.Linear(8, 3, rngs=rngs)
 
     def __call__(self, x):
-        x = self.blocks(nnx.max_pool(nnx.relu(self.stem(x)), (2, 2)))
+        x = self.blocks(nnx.max_pool(nnx.gelu(self.stem(x)), (2, 2)))
         return self.head(self.dropout(x.mean((1, 2))))
 
 
