@@ -87,7 +87,7 @@ CHECKS = {
     28: [],
     29: [],
     30: [
-        "test_rounding_options.test_no_line_computes_with_inexact_exponent_functions",
+        "test_rounding_options.test_no_line_of_the_package_computes_with_inexact_exponent_functions",
         "test_rounding.test_parameters_are_plain_numbers_that_can_be_abstract",
     ],
     31: [
