@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from precision_lab.bench import report
 from precision_lab.bench.interleaved import environment, time_interleaved
 from precision_lab.bench.report import row
-from precision_lab.formats import format, round_to, stack_formats
+from precision_lab.formats import format, random_bits, round_to, stack_formats
 from precision_lab.formats.block_rounding import round_to_blocks
 from precision_lab.formats.codebook_rounding import round_to_codebook
 from precision_lab.formats.options import ROUNDINGS
@@ -24,6 +25,9 @@ TARGETS = {
     "round_to e4m3fn, traced": 2.5,
     "round_to e4m3fn, traced, up": 2.5,
     "round_to e4m3fn, traced mode": 2.5,
+    "round_to, four formats by vmap": 6.0,
+    "random bits, uint8": 4.0,
+    "random bits, uint32": 12.0,
     "mxfp8": 3.0,
     "mxfp4": 3.0,
     "mxint8": 3.0,
@@ -49,11 +53,11 @@ def _call(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
 
 def _ours(x: jax.Array) -> Calls:
     """Returns the copy and our kernels."""
-    key = jax.random.key(0, impl="rbg")
+    key = jax.random.key(0)
     # Operands are on the device, as the array is; a NumPy scalar would be sent there by every call.
     params, stacked = jax.device_put((format("e4m3fn").params(), stack_formats(["e4m3fn", "e5m2", "bf16", "f16"])))
     index = jnp.int32(list(ROUNDINGS).index("nearest_even"))
-    bits = jax.random.bits(key, x.shape, jnp.uint32)
+    bits = random_bits(key, x.shape)
     calls = {
         "copy": _call(lambda x: x * 1.0001, x),
         "round_to e4m3fn": _call(lambda x: round_to(x, "e4m3fn"), x),
@@ -67,6 +71,11 @@ def _ours(x: jax.Array) -> Calls:
         "round_to e4m3fn, stochastic, bits given": _call(
             lambda x, bits: round_to(x, "e4m3fn", rounding="stochastic", bits=bits), x, bits
         ),
+        "round_to e4m3fn, stochastic, key given": _call(
+            lambda x, key: round_to(x, "e4m3fn", rounding="stochastic", key=key), x, key
+        ),
+        "random bits, uint8": _call(lambda key: random_bits(key, x.shape, jnp.uint8), key),
+        "random bits, uint32": _call(lambda key: random_bits(key, x.shape), key),
         "nf4": _call(lambda x: round_to_codebook(x, "nf4"), x),
     }
     for name in ("mxfp8", "mxfp4", "mxfp4:rceil", "mxint8", "nvfp4", "nvfp4_2d"):
@@ -76,7 +85,11 @@ def _ours(x: jax.Array) -> Calls:
 
 def _xla(x: jax.Array) -> Calls:
     """Returns what JAX has itself."""
-    calls = {"lax.reduce_precision(8, 7)": _call(lambda x: jax.lax.reduce_precision(x, 8, 7), x)}
+    key = jax.random.key(0)
+    calls = {
+        "lax.reduce_precision(8, 7)": _call(lambda x: jax.lax.reduce_precision(x, 8, 7), x),
+        "jax.random.bits, uint32": _call(lambda key: jax.random.bits(key, x.shape), key),
+    }
     for dtype in ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float4_e2m1fn"):
         calls[f"astype {dtype} and back"] = _call(lambda x, d=dtype: x.astype(d).astype(jnp.float32), x)
     return calls
@@ -84,6 +97,8 @@ def _xla(x: jax.Array) -> Calls:
 
 def _peers(x: np.ndarray) -> Calls:
     """Returns the calls of those peers that are installed."""
+    # Else PyTorch's idle threads spin for a while after each of its calls, on the cores that others are timed on.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     calls: Calls = {}
     for make in (_gfloat, _pychop, _torchao, _qtorch):
         try:

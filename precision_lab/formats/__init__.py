@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from precision_lab.formats.block_rounding import BlockArray, encode_blocks, round_to_blocks
     from precision_lab.formats.casts import cast_through
     from precision_lab.formats.codebook_rounding import decode_codebook, encode_codebook, round_to_codebook
+    from precision_lab.formats.randomness import random_bits
     from precision_lab.formats.rounding import round_to
     from precision_lab.formats.storage import PackedArray, from_storable, pack_array, to_storable
 
@@ -44,6 +45,7 @@ __all__ = [
     "format",
     "from_storable",
     "pack_array",
+    "random_bits",
     "register",
     "register_finder",
     "round_to",
@@ -58,6 +60,7 @@ _LAZY = {
     "block_rounding": ("BlockArray", "encode_blocks", "round_to_blocks"),
     "casts": ("cast_through",),
     "codebook_rounding": ("decode_codebook", "encode_codebook", "round_to_codebook"),
+    "randomness": ("random_bits",),
     "rounding": ("round_to",),
     "storage": ("PackedArray", "from_storable", "pack_array", "to_storable"),
 }

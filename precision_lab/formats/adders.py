@@ -53,35 +53,40 @@ def round_by_adder(layout: Layout, bits: Any, fmt: Format, p: FormatParams) -> A
       fmt: a format that has an adder.
       p: its parameters, as NumPy scalars.
     """
-    word, zero = layout.word, layout.word(0)
+    inf, zero = layout.word(layout.inf), layout.word(0)
     a, sign = signs_of(layout, bits)
-    largest = p.max if p.max == p.min else jnp.where(is_negative(layout, sign), p.min, p.max)
-    # Beyond the largest value every sum is the least one that is too large.
-    bound = as_word(as_float(largest) + adder(layout, largest, fmt)) + word(p.overflow != zero)
-    anchor = _power(layout, a, fmt, p)
-    total = as_float(a) + anchor
-    r = as_word(jnp.where(total < as_float(bound), total, as_float(bound)) - anchor)
+    if p.overflow == zero:
+        fits, m = _up_to(layout, a, p.finite), jnp.minimum(a, _of_sign(layout, sign, p.max, p.min))
+        special = a | p.quiet
+    else:
+        last = (_last_that_fits(layout, fmt, magnitude) for magnitude in (fmt.magnitude(fmt.max_code), -fmt.lowest))
+        fits, m = _up_to(layout, a, _of_sign(layout, sign, *last)), a
+        if p.finite < inf and p.overflow == inf | p.quiet:
+            # What overflows becomes what an infinity does.
+            special = jnp.maximum(a, inf) | p.quiet
+        else:
+            special = jnp.where(_up_to(layout, a, p.finite), p.overflow, a | p.quiet)
+    power = adder(layout, zero if fmt.kind == "int" else m, fmt)
+    # XLA would make (m + c) - c into m, but for the choice in between, which costs nothing: it is made again below.
+    r = as_word(jnp.where(fits, as_float(m) + power, as_float(m)) - power)
     if p.flush != zero:
         r = jnp.where(below(layout, r, p.flush), zero, r)
-    return with_sign(layout, _limited(layout, a, r, largest, p), sign, p)
+    return with_sign(layout, jnp.where(fits, r, special), sign, p)
 
 
-def _power(layout: Layout, a: Any, fmt: Format, p: FormatParams) -> Any:
-    """Returns what to add to the magnitudes `a`, of which those beyond the largest value need no power of their own."""
-    if fmt.kind == "int":
-        return adder(layout, layout.word(0), fmt)
-    return adder(layout, jnp.minimum(a, p.max | layout.word((1 << layout.mantissa_bits) - 1)), fmt)
+def _up_to(layout: Layout, a: Any, last: Any) -> Any:
+    """Returns where magnitudes are not above `last`."""
+    return ~below(layout, last, a)
 
 
-def _limited(layout: Layout, a: Any, r: Any, largest: Any, p: FormatParams) -> Any:
-    """Returns the sums `r` with infinities and NaNs as the format has them."""
-    inf = layout.word(layout.inf)
-    special = a | p.quiet if p.quiet else a
-    if p.overflow == 0:
-        return jnp.where(below(layout, p.finite, a), special, r)
-    if p.finite < inf and p.overflow == inf | p.quiet:
-        # What overflows becomes what an infinity does.
-        special = jnp.maximum(a, inf) | p.quiet if p.quiet else jnp.maximum(a, inf)
-    else:
-        special = jnp.where(below(layout, p.finite, a), special, p.overflow)
-    return jnp.where(below(layout, largest, r), special, r)
+def _of_sign(layout: Layout, sign: Any, positive: Any, negative: Any) -> Any:
+    """Returns the word that is for numbers of this sign."""
+    return positive if positive == negative else jnp.where(is_negative(layout, sign), negative, positive)
+
+
+def _last_that_fits(layout: Layout, fmt: Format, largest: Fraction | float) -> Any:
+    """Returns the greatest magnitude that rounds to `largest` if what lies half a step above it goes to even."""
+    largest = Fraction(largest)
+    step = power_of_two(floor_exponent(largest) - fmt.mantissa_bits)
+    tie = layout.floor_bits(largest + step / 2)
+    return layout.word(tie - (largest / step) % 2)

@@ -146,8 +146,11 @@ def round_scaled(words: Any, fmt: Format, largest: Any | None = None, *, shift: 
     if fmt.specials == "full":
         limit = jnp.where(sign == _U32(0), limit, _U32(FLOAT32.floor_bits(-fmt.lowest)))
     limit = (limit if largest is None else jnp.minimum(limit, largest)) + shift
-    bound = as_float(limit) + adder(FLOAT32, limit, fmt, shift=shift)
-    power = adder(FLOAT32, a, fmt, shift=shift)
-    total = as_float(a) + power
-    rounded = as_word(jnp.where(total < bound, total, bound) - power)
+    m = jnp.minimum(a, limit)
+    power = adder(FLOAT32, m, fmt, shift=shift)
+    total = as_float(m) + power
+    if fmt.kind == "int" and shift.ndim == 0:
+        # The power is a constant c, and XLA makes (m + c) - c into m unless something stands in between.
+        total = jnp.minimum(total, as_float(limit) + power)
+    rounded = as_word(total - power)
     return rounded | sign if fmt.has_negative_zero else jnp.where(rounded == _U32(0), rounded, rounded | sign)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from precision_lab.formats import round_to
+from precision_lab.formats import random_bits, round_to
 from precision_lab.optim.carrying import carry
 from precision_lab.optim.nesting import refuse_low_hyperparameters, refuse_spoilers_around
 from precision_lab.optim.transformation import as_transformation, transformation
@@ -200,7 +200,7 @@ def _stochastic(p: Any, u: Any, key: jax.Array) -> Any:
     if not _is_rounded(p, u):
         return p
     # float32 to bfloat16 discards 16 bits, subnormals included: as many random ones are exact, at half the cost.
-    random = {"bits": jax.random.bits(key, p.shape, jnp.uint16)} if p.dtype == jnp.bfloat16 else {"key": key}
+    random = {"bits": random_bits(key, p.shape, jnp.uint16)} if p.dtype == jnp.bfloat16 else {"key": key}
     return _round(p.astype(jnp.float32) + u, p.dtype, rounding="stochastic", **random)
 
 

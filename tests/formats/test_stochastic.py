@@ -190,6 +190,49 @@ def test_stacked_formats_share_bits_under_vmap():
         assert_same_numbers(row, round_to(x, fmt, rounding="stochastic", bits=bits))
 
 
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.uint16, jnp.uint32])
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_random_bits_are_fair_and_independent_bit_by_bit(impl, dtype):
+    count = 1 << 14
+
+    keys = jax.random.split(jax.random.key(11, impl=impl))
+    one, other = (np.asarray(formats.random_bits(key, (count,), dtype)) for key in keys)
+
+    bits = np.unpackbits(np.stack([one, other]).view(np.uint8), axis=-1).reshape(2, count, -1) * 2.0 - 1
+    width = 8 * np.dtype(dtype).itemsize
+    assert one.dtype == dtype
+    assert bits.shape == (2, count, width)
+    # A sum of n fair signs has a standard deviation of sqrt(n); five of them leave less than one false alarm in 1000.
+    bound = 5 * count**0.5
+    assert np.all(np.abs(bits.sum(axis=1)) < bound)
+    between = np.abs(bits[0].T @ bits[0]) - count * np.eye(width)
+    assert np.all(between < bound)
+    assert np.all(np.abs(bits[0].T @ bits[1]) < bound)
+    assert np.all(np.abs(bits[0][:-1].T @ bits[0][1:]) < bound)
+
+
+def test_random_bits_are_those_of_their_key_in_every_shape_and_context():
+    key = jax.random.key(12)
+    bits = formats.random_bits(key, (3, 5))
+
+    np.testing.assert_array_equal(jax.jit(lambda key: formats.random_bits(key, (3, 5)))(key), bits)
+    np.testing.assert_array_equal(formats.random_bits(jax.random.key_data(key), (3, 5)), bits)
+    batched = jax.vmap(lambda key: formats.random_bits(key, (3, 5)))(jax.random.split(key, 4))
+    for row, one in zip(batched, jax.random.split(key, 4), strict=True):
+        np.testing.assert_array_equal(row, formats.random_bits(one, (3, 5)))
+    np.testing.assert_array_equal(formats.random_bits(key, (15,)), bits.reshape(-1))
+    assert formats.random_bits(key, ()) == bits[0, 0]
+
+
+def test_random_bits_have_64_bits_under_x64():
+    with jax.enable_x64(True):
+        bits = np.asarray(formats.random_bits(jax.random.key(13), (4096,), jnp.uint64))
+
+    assert bits.dtype == np.uint64
+    ones = np.unpackbits(bits.view(np.uint8).reshape(-1, 8), axis=-1).sum(axis=0)
+    assert np.all(np.abs(ones - 2048.0) < 5 * 32)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
