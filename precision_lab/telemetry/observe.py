@@ -82,7 +82,9 @@ def observed(
         whose sites are observed, or values marked by `mark`.
       roles, limit, rounding, per_layer: as in `observe`; by default cheap, from a sample of each tensor.
       when: from the same arguments to a traced truth value; if it is false nothing is computed and the observation
-        is empty.
+        is empty. All of `fn` is then inside a conditional, where XLA's CPU compiler leaves the convolutions of weight
+        gradients in a form that is a hundred times slower: for convolutional networks on a CPU, choose between two
+        compiled steps instead.
 
     Raises (when called):
       ValueError: nothing inside is observed; or the result is differentiated, see `harvest`.
