@@ -46,9 +46,9 @@ def time_interleaved(
     """Returns the timings of candidates, the first of which is the baseline of all ratios.
 
     Args:
-      candidates: functions without arguments that return when their work is done; each is called once beforehand.
-      rounds: calls of each candidate.
-      budget_s: seconds to spend on one candidate; slow ones are called in fewer rounds, at least three.
+      candidates: functions without arguments that return when their work is done; each is called twice beforehand.
+      rounds: timed calls of each candidate; each comes after one that is not timed.
+      budget_s: seconds of timed calls of one candidate; slow ones are called in fewer rounds, at least three.
       on_round: called when a round is done.
 
     Raises:

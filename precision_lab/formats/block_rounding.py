@@ -348,7 +348,8 @@ def _amax_scale(words: Any, largest: Any, amax: Any, plan: _Plan, draw: Any) -> 
       order, each rounded to float32.
     """
     fmt, block_amax = plan.format, as_float(largest)
-    array_amax = jnp.max(block_amax, initial=0.0) if amax is None else amax
+    # XLA reorders products of what it knows at compile time; behind the barrier it knows no scale.
+    array_amax = jax.lax.optimization_barrier(jnp.max(block_amax, initial=0.0) if amax is None else amax)
     encode = jnp.minimum(np.float32(_SCALE.max * fmt.element.max) / array_amax, _FLOAT32_MAX)
     encode = jnp.where(array_amax == 0, np.float32(1), encode)
     decode = np.float32(1) / encode

@@ -11,6 +11,9 @@ import numpy as np
 from precision_lab.formats.kernel import Draw
 from precision_lab.formats.params import Layout, layout_of
 
+# 2**32 over the golden ratio, odd: its multiples are as far apart as they can be.
+GOLDEN = np.uint32(0x9E3779B1)
+
 
 class How(NamedTuple):
     """How to round, as far as it is known at compile time.
@@ -59,7 +62,7 @@ def random_words(x: jax.Array, key: Any, bits: Any, how: How) -> jax.Array | Non
 def random_bits(key: Any, shape: tuple[int, ...], dtype: Any = np.uint32) -> jax.Array:
     """Returns uniform random unsigned integers for stochastic rounding, at about the price of a copy.
 
-    `jax.random.bits` costs ten to fifty times more, on a CPU, than the rounding its bits are for. Here the key gives
+    `jax.random.bits` costs ten copies or more on a CPU, far more than the rounding its bits are for. Here the key gives
     two words, and every element hashes its index with them: one fused loop, the same bits on any sharding. Meant for
     rounding, not for sampling or secrets. Beyond 2**32 elements the bits repeat.
 
@@ -68,17 +71,27 @@ def random_bits(key: Any, shape: tuple[int, ...], dtype: Any = np.uint32) -> jax
       shape: shape of the result.
       dtype: uint8, uint16, uint32, or uint64 under jax_enable_x64.
 
+    Raises:
+      TypeError: `dtype` is another one, or uint64 without jax_enable_x64.
+
     Source: the finalizer of MurmurHash3 (Appleby, 2011) with the constants of Wellons, "Prospecting for hash
       functions", 2018, over the counter of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
     """
-    if np.dtype(dtype) == np.uint64:
+    dtype = np.dtype(dtype)
+    if dtype.kind != "u" or jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise TypeError(f"random bits are uint8, uint16, uint32, or uint64 under jax_enable_x64; got dtype={dtype}.")
+    if dtype == np.uint64:
         halves = (random_bits(half, shape).astype(np.uint64) for half in jax.random.split(key))
         return next(halves) << np.uint64(32) | next(halves)
     seed = jax.random.bits(key, (2,), np.uint32)
-    x = _index(shape) * np.uint32(0x9E3779B1) + seed[0]
-    x = (x ^ x >> np.uint32(16)) * np.uint32(0x7FEB352D)
-    x = (x ^ x >> np.uint32(15) ^ seed[1]) * np.uint32(0x846CA68B)
-    return (x ^ x >> np.uint32(16)).astype(dtype)
+    return hashed(_index(shape) * GOLDEN + seed[0], seed[1]).astype(dtype)
+
+
+def hashed(words: jax.Array, salt: Any = 0) -> jax.Array:
+    """Returns uint32 words in which every bit depends on all bits of the word given and, half way, of the salt."""
+    words = (words ^ words >> np.uint32(16)) * np.uint32(0x7FEB352D)
+    words = (words ^ words >> np.uint32(15) ^ jnp.uint32(salt)) * np.uint32(0x846CA68B)
+    return words ^ words >> np.uint32(16)
 
 
 def _index(shape: tuple[int, ...]) -> jax.Array:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from precision_lab.formats.randomness import GOLDEN, hashed
 from precision_lab.quant import Quantizer, fake_quantize
 from precision_lab.quant.core import Given, quantize_parts
 from precision_lab.quant.numbers import static_params
@@ -78,10 +79,5 @@ def _key_of(x: jax.Array) -> jax.Array:
     same way each time, and another one independently of it.
     """
     words = jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(-1)
-    words = words ^ (jnp.arange(words.size, dtype=jnp.uint32) * np.uint32(0x9E3779B9))
-    for shift, factor in (
-        (16, 0x7FEB352D),
-        (15, 0x846CA68B),
-    ):  # every bit of a word reaches every bit of the sum
-        words = (words ^ (words >> shift)) * np.uint32(factor)
-    return jax.random.key(jnp.sum(words ^ (words >> 16), dtype=jnp.uint32), impl="threefry2x32")
+    words = hashed(words ^ jnp.arange(words.size, dtype=jnp.uint32) * GOLDEN)
+    return jax.random.key(jnp.sum(words, dtype=jnp.uint32), impl="threefry2x32")
