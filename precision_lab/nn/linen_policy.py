@@ -13,6 +13,7 @@ from typing import Any
 from flax import linen
 from flax.core import Scope
 
+from precision_lab.nn.scales import SCALES, given_scales
 from precision_lab.policy import Policy
 from precision_lab.rewrite import SiteTable, call, sites_of_function
 
@@ -72,7 +73,8 @@ def _class_under_policy(plain: Any, policy: Policy) -> type:
     def apply(self: Any, variables: Any, *args: Any, **kwargs: Any) -> Any:
         params, rest = _split(variables)
         types: dict[str, str] = {}
-        options = {"root": plain.__name__, "types": types, "every_rule": kwargs.get("method") is None}
+        given = given_scales(rest.pop(SCALES, {}))
+        options = {"root": plain.__name__, "types": types, "every_rule": kwargs.get("method") is None, "given": given}
         out = call(_apply(self, types), policy, params, [rest, args, kwargs], {}, **options)
         if kwargs.get("mutable") or kwargs.get("capture_intermediates"):
             return policy.cast_to_output(out[0]), out[1]

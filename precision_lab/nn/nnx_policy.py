@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
+from precision_lab.nn.scales import SCALES, given_scales
 from precision_lab.policy import Policy
 from precision_lab.rewrite import SiteTable, call, sites_of_function
 
@@ -31,6 +32,33 @@ def nnx_under_policy(model: nnx.Module, policy: Policy) -> Any:
     _open_scopes(copy)
     copy.__class__ = _class_under_policy(plain, policy)
     return copy
+
+
+class QuantizationScales(nnx.Variable):
+    """The static scales of a model's activations, by site and operand; no parameter."""
+
+
+def nnx_with_stored(model: nnx.Module, policy: Policy, stored: dict[str, Any], scales: Any) -> Any:
+    """Returns a copy of `model` under `policy` with some of its parameters stored quantized.
+
+    Args:
+      model, policy: as for `nnx_under_policy`.
+      stored: QTensors by path.
+      scales: static scales by site and operand, or nothing.
+    """
+    copy = nnx_under_policy(model, policy)
+    for path, variable in nnx.to_flat_state(nnx.state(copy, nnx.Param)):
+        if (name := "/".join(map(str, path))) in stored:
+            nnx.update(copy, nnx.from_flat_state([(path, variable.replace(stored[name]))]))
+    if scales:
+        setattr(copy, SCALES, QuantizationScales(scales))
+    return copy
+
+
+def _scales(model: Any) -> Any:
+    """Returns the static scales of a converted model, as the rewrite takes them; None of any other."""
+    variable = getattr(model, SCALES, None)
+    return None if variable is None else given_scales(variable.get_raw_value())
 
 
 def _refuse_policies_inside(model: nnx.Module) -> None:
@@ -64,14 +92,14 @@ def nnx_sites(model: nnx.Module, policy: Policy, args: Any, kwargs: Any, *, ever
     return tables[0]
 
 
-def nnx_call(model: nnx.Module, args: Any, kwargs: Any) -> _Pure:
-    """Returns the call of `model` without a policy, its submodules' paths open as scopes."""
+def nnx_call(model: nnx.Module, args: Any, kwargs: Any) -> tuple[_Pure, dict[str, str]]:
+    """Returns the call of `model` without a policy, its submodules' paths open as scopes, and types by path."""
     copy = nnx.clone(model)
     plain = _plain_class(type(copy))
     if "__call__" not in _methods(plain):
         raise TypeError(f"{plain.__name__} has no __call__; give a function of its parameters instead.")
     _open_scopes(copy)
-    return _pure(plain, "__call__", copy, args, kwargs)
+    return _pure(plain, "__call__", copy, args, kwargs), _types(copy)
 
 
 CONTAINERS = (nnx.List, nnx.Dict)
@@ -144,7 +172,7 @@ def _class_under_policy(plain: type, policy: Policy) -> type:
         @functools.wraps(getattr(plain, name))
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
             pure = _pure(plain, name, self, args, kwargs)
-            options = {"types": _types(self), "every_rule": name == "__call__"}
+            options = {"types": _types(self), "every_rule": name == "__call__", "given": _scales(self)}
             try:
                 out, changed, moved = call(pure.fn, policy, pure.params, [pure.rest], {}, **options)
             except _HandsOutAPartError:

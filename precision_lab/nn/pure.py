@@ -19,6 +19,7 @@ class PureCall(NamedTuple):
       params: the parameters, as a pytree whose paths name the sites.
       args, kwargs: everything else.
       root: name scope to leave out of site paths.
+      types: type name of each module by path; of a Linen model filled when `fn` runs.
       is_model: whether it is a model's, whose params a policy stores in its own dtype.
     """
 
@@ -27,6 +28,7 @@ class PureCall(NamedTuple):
     args: list[Any]
     kwargs: dict[str, Any]
     root: str
+    types: dict[str, str]
     is_model: bool
 
 
@@ -42,16 +44,17 @@ def pure_call(target: Any, args: Any, kwargs: dict[str, Any]) -> PureCall:
       TypeError: `target` is none of these, or the params of a function are missing.
     """
     if isinstance(target, nnx.Module):
-        fn, params, rest = nnx_call(target, args, kwargs)
-        return PureCall(lambda params, rest: fn(params, rest)[0], params, [rest], {}, "", True)
+        (fn, params, rest), types = nnx_call(target, args, kwargs)
+        return PureCall(lambda params, rest: fn(params, rest)[0], params, [rest], {}, "", types, True)
     if isinstance(target, linen.Module):
-        fn, params, rest, root = linen_call(target, *args, **kwargs)
+        types: dict[str, str] = {}
+        fn, params, rest, root = linen_call(target, *args, types=types, **kwargs)
         has_state = bool(kwargs.get("mutable") or kwargs.get("capture_intermediates"))
-        return PureCall(lambda *given: fn(*given)[0] if has_state else fn(*given), params, rest, {}, root, True)
+        return PureCall(lambda *given: fn(*given)[0] if has_state else fn(*given), params, rest, {}, root, types, True)
     require_function(target)
     if not args:
         raise TypeError("a function is observed at fn(params, ...); give its params first.")
-    return PureCall(target, args[0], list(args[1:]), kwargs, "", False)
+    return PureCall(target, args[0], list(args[1:]), kwargs, "", {}, False)
 
 
 def require_function(target: Any) -> None:

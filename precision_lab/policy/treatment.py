@@ -33,6 +33,8 @@ class Treatment:
       weight: quantizer of an operand that is a parameter; None leaves it in `compute`.
       activation: quantizer of the other operand of a product with a parameter.
       attention: quantizer of both operands of a product without a parameter (scores and values of attention).
+      embedding: quantizer of a parameter whose rows are looked up; by the literature a setting of its own, since
+        tables are mostly left alone where weights are quantized.
       gradient: quantizer of the cotangent in both backward products; with it all three products are quantized.
       dgrad, wgrad: format of the operands of the product that is the gradient of the input, or of the weight,
         instead of what the settings above make of them; None leaves it to those.
@@ -50,6 +52,7 @@ class Treatment:
     weight: Any = None
     activation: Any = None
     attention: Any = None
+    embedding: Any = None
     gradient: Any = None
     dgrad: Format | None = None
     wgrad: Format | None = None
@@ -61,10 +64,11 @@ class Treatment:
     @property
     def quantizes(self) -> bool:
         """Whether any operand of a product has a quantizer."""
-        return any(getattr(self, key) is not None for key in QUANTIZERS)
+        return any(getattr(self, key) is not None for key in OF_PRODUCTS)
 
 
-QUANTIZERS = ("weight", "activation", "attention", "gradient")
+OF_PRODUCTS = ("weight", "activation", "attention", "gradient")
+QUANTIZERS = (*OF_PRODUCTS, "embedding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +168,7 @@ def check_treatment(treatment: Treatment, *, where: str) -> None:
 def _check_estimators(treatment: Treatment, where: str) -> None:
     """Raises where a quantizer has a gradient estimator that the backward products would pass over."""
     inside = treatment.gradient is not None or treatment.backward in ("original", "requantized")
-    for key in QUANTIZERS if inside else ("gradient",):
+    for key in OF_PRODUCTS if inside else ("gradient",):
         quantizer = getattr(treatment, key)
         if quantizer is not None and quantizer.estimator != "ste":
             raise ValueError(

@@ -106,6 +106,15 @@ class Observer:
         return ObserverState(low, high, a.updates + b.updates, a.nonfinite + b.nonfinite, histogram)
 
     @partial(jax.jit, static_argnums=0)
+    def followed(self, state: ObserverState, batch: ObserverState) -> ObserverState:
+        """Returns the state after a batch that another state has seen alone; a running average moves once."""
+        merged = self.merge(state, batch)
+        if self.quantizer.calibration != "ema":
+            return merged
+        low, high = self._moved(state, Range(batch.low, batch.high))
+        return merged._replace(low=low, high=high)
+
+    @partial(jax.jit, static_argnums=0)
     def range(self, state: ObserverState) -> Range:
         """Returns (low, high), float32 of the shape of scales, as the calibration finds it; zeros at first."""
         n, whole = static_params(self.quantizer), Range(state.low, state.high)

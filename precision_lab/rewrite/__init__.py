@@ -3,6 +3,7 @@
 from precision_lab.rewrite.api import Traced, apply_to_function, call, scaled_sites, sites_of_function, trace
 from precision_lab.rewrite.harvest import Collector, harvest
 from precision_lab.rewrite.marks import OUTPUT, SHADOW, Mark, mark, observing
+from precision_lab.rewrite.parameters import Use, Uses, is_qtensor
 from precision_lab.rewrite.regions import full_precision
 from precision_lab.rewrite.sites import Site, SiteTable
 
@@ -14,10 +15,13 @@ __all__ = [
     "Site",
     "SiteTable",
     "Traced",
+    "Use",
+    "Uses",
     "apply_to_function",
     "call",
     "full_precision",
     "harvest",
+    "is_qtensor",
     "mark",
     "observing",
     "scaled_sites",

@@ -11,8 +11,12 @@ import jax
 import numpy as np
 
 from precision_lab.policy import Policy
+from precision_lab.quant import QTensor
+from precision_lab.quant.core import Given
 from precision_lab.rewrite.interpreter import evaluate
 from precision_lab.rewrite.marks import observing
+from precision_lab.rewrite.operations import is_castable
+from precision_lab.rewrite.parameters import Parameter, Uses, abstract, is_qtensor
 from precision_lab.rewrite.plan import Planner
 from precision_lab.rewrite.scaled import Amaxes, scaled_roles
 from precision_lab.rewrite.shadows import with_shadows
@@ -70,6 +74,8 @@ def call(
     every_rule: bool = True,
     amaxes: Mapping[str, Mapping[str, Any]] | None = None,
     margin: int = 0,
+    given: Mapping[str, Mapping[str, Given]] | None = None,
+    uses: Uses | None = None,
 ) -> Any:
     """Returns `fn(params, *args, **kwargs)` with its products under `policy`; its outputs keep their dtypes.
 
@@ -81,15 +87,23 @@ def call(
       amaxes: magnitudes, by site and role, to make scales of in place of those of the tensors themselves; see
         `scaled_sites`.
       margin: bits of headroom of such scales.
+      given: scales, zero points and offsets, by site and role ("lhs", "rhs"), that quantizers take as they are.
+      uses: where to note how each parameter is used; for a call that is only traced.
 
     Raises:
       ValueError: a rule matches no site, or the policy needs 64-bit mode.
+
+    Parameters may be QTensors: products take their codes, and everything else their values.
     """
     _require_x64(policy)
     traced = trace(fn, params, args, kwargs)
-    given = {site: Amaxes(roles, margin) for site, roles in (amaxes or {}).items()}
-    plan, _ = planned(traced, policy, root, types, every_rule=every_rule, amaxes=given)
-    return traced.rebuild(evaluate(plan, traced.jaxpr, traced.jaxpr.consts, traced.arrays))
+    scaled = {site: Amaxes(roles, margin) for site, roles in (amaxes or {}).items()}
+    plan, _ = planned(traced, policy, root, types, every_rule=every_rule, amaxes=scaled, given=given)
+    arrays = [
+        Parameter.of(x, origin, uses) if origin and (is_qtensor(x) or (uses and is_castable(x))) else x
+        for x, origin in zip(traced.arrays, traced.origins, strict=True)
+    ]
+    return traced.rebuild(evaluate(plan, traced.jaxpr, traced.jaxpr.consts, arrays))
 
 
 def sites_of_function(
@@ -127,13 +141,15 @@ def planned(
     every_rule: bool = True,
     everything: bool = False,
     amaxes: Mapping[str, Amaxes] | None = None,
+    given: Mapping[str, Mapping[str, Given]] | None = None,
 ) -> tuple[Plan, SiteTable]:
     """Returns the plan and the sites of a traced function.
 
     Raises:
       ValueError: a rule of the policy matches no site.
     """
-    planner = Planner(policy, root, types, everything=everything, observing=observing.value is not None, amaxes=amaxes)
+    options: dict[str, Any] = {"observing": observing.value is not None, "amaxes": amaxes, "given": given}
+    planner = Planner(policy, root, types, everything=everything, **options)
     plan, _ = planner.walk(traced.jaxpr, traced.origins)
     if every_rule:
         planner.require_every_rule_used()
@@ -150,8 +166,8 @@ def planned(
 
 def trace(fn: Callable, params: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Traced:
     """Traces `fn(params, *args, **kwargs)` over the arrays among its arguments."""
-    leaves, tree = jax.tree.flatten((params, args, kwargs))
-    paths = [_path(path) for path, _ in jax.tree.leaves_with_path(params)]
+    leaves, tree = jax.tree.flatten((params, args, kwargs), is_leaf=is_qtensor)
+    paths = [_path(path) for path, _ in jax.tree.leaves_with_path(params, is_leaf=is_qtensor)]
     given = [_is_array(leaf) for leaf in leaves]
     origins = [*paths, *[None] * (len(leaves) - len(paths))]
     static: list[Any] = []
@@ -165,7 +181,7 @@ def trace(fn: Callable, params: Any, args: Sequence[Any], kwargs: dict[str, Any]
         return [leaf for leaf in out if _is_array(leaf)]
 
     arrays = [leaf for is_array, leaf in zip(given, leaves, strict=True) if is_array]
-    jaxpr = jax.make_jaxpr(over_arrays)(*arrays)
+    jaxpr = jax.make_jaxpr(over_arrays)(*map(abstract, arrays))
     out_tree, out_leaves, out_given = static
 
     def rebuild(out: Sequence[Any]) -> Any:
@@ -178,7 +194,7 @@ def trace(fn: Callable, params: Any, args: Sequence[Any], kwargs: dict[str, Any]
 
 def _is_array(leaf: Any) -> bool:
     """Returns whether a leaf is traced; Python scalars, strings and the like stay what they are."""
-    return isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, QTensor))
 
 
 def _path(path: Sequence[Any]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ from jax import lax
 
 from precision_lab.rewrite import _compat
 from precision_lab.rewrite.accumulate import accumulated_convolution, accumulated_matmul
-from precision_lab.rewrite.quantized import codes_of
+from precision_lab.rewrite.quantized import Codes, codes_of
 
 INT32_TERMS = (2**31 - 1) // 127**2  # products of int8 codes that an int32 sum holds, whatever they are
 
@@ -49,16 +49,23 @@ class Matmul:
 
     def multiply(self, lhs: jax.Array, rhs: jax.Array, how: Any) -> jax.Array:
         """Returns the product of the operands, prepared and accumulated as `how` says."""
-        leading = tuple(range(lhs.ndim - 2))
-        numbers = (((lhs.ndim - 1,), (rhs.ndim - 2,)), (leading, leading))
-        axes = self.contracted()
+        numbers, axes = _numbers(lhs.ndim), self.contracted()
         if how.codes:
-            left, right = (codes_of(x, q, along) for x, q, along in zip((lhs, rhs), how.codes, axes, strict=True))
-            return _sum_of_codes(left.values, right.values, numbers) * left.scale * right.scale
+            pair = (codes_of(x, q, along) for x, q, along in zip((lhs, rhs), how.codes, axes, strict=True))
+            return self.multiply_codes(*pair)
         lhs, rhs = how.prepared(lhs, 0, axes[0]), how.prepared(rhs, 1, axes[1])
         if not how.accum.is_native:
             return accumulated_matmul(lhs, rhs, how.accum)
         return lax.dot_general(lhs, rhs, numbers, precision=how.precision, preferred_element_type=how.accum.dtype)
+
+    def multiply_codes(self, left: Codes, right: Codes) -> jax.Array:
+        """Returns the product of two operands that are codes and scales."""
+        sums = _sum_of_codes(left.values, right.values, _numbers(left.values.ndim))
+        return sums * left.scale * right.scale
+
+    def takes_codes(self) -> bool:
+        """Returns whether codes can be multiplied, whatever they are."""
+        return True
 
     def to_lhs(self, cotangent: jax.Array, lhs: Any, rhs: jax.Array) -> Term:
         """Returns the product that is the gradient of the left operand."""
@@ -125,19 +132,9 @@ class Convolution:
     def _convolve(self, eqn: Any, lhs: jax.Array, rhs: jax.Array, how: Any) -> jax.Array:
         """Evaluates the one convolution."""
         axes = self.contracted()
-        terms = math.prod(rhs.shape[axis] for axis in axes[1])
-        if how.codes and eqn.params["batch_group_count"] == 1 and terms <= INT32_TERMS:
+        if how.codes and self.takes_codes():
             left, right = (codes_of(x, q, along) for x, q, along in zip((lhs, rhs), how.codes, axes, strict=True))
-            pair, changed = (left.values, right.values), {"preferred_element_type": _sum_of(left.values)}
-            if pair[0].dtype != pair[1].dtype:  # JAX convolves one type only; bfloat16 holds every float8 exactly
-                pair = tuple(codes.astype(jnp.bfloat16) for codes in pair)
-            product = eqn.primitive.bind(*pair, **(eqn.params | changed))
-            numbers = eqn.params["dimension_numbers"]
-            scales = (
-                _along(left.scale, numbers.out_spec[0], product.ndim),
-                _along(right.scale, numbers.out_spec[1], product.ndim),
-            )
-            return product.astype(jnp.float32) * scales[0] * scales[1]
+            return _convolve_codes(eqn, left, right)
         lhs, rhs = how.prepared(lhs, 0, axes[0]), how.prepared(rhs, 1, axes[1])
         if not how.accum.is_native:
             return accumulated_convolution(lhs, rhs, eqn.params, how.accum)
@@ -145,6 +142,17 @@ class Convolution:
         if how.precision is not None:
             changed["precision"] = (how.precision, how.precision)
         return eqn.primitive.bind(lhs, rhs, **(eqn.params | changed))
+
+    def multiply_codes(self, left: Codes, right: Codes) -> jax.Array:
+        """Returns the convolution of two operands that are codes and scales; of a convolution as a model has it."""
+        [eqn] = self.jaxpr.jaxpr.eqns
+        return _convolve_codes(eqn, left, right)
+
+    def takes_codes(self) -> bool:
+        """Returns whether sums of codes have one scale each, and fit into int32."""
+        [eqn] = [eqn for eqn in self.jaxpr.jaxpr.eqns if eqn.primitive.name == "conv_general_dilated"]
+        terms = math.prod(eqn.invars[1].aval.shape[axis] for axis in self.contracted()[1])
+        return eqn.params["batch_group_count"] == 1 and terms <= INT32_TERMS
 
     def to_lhs(self, cotangent: jax.Array, lhs: Any, rhs: jax.Array) -> Term:
         """Returns the convolution that is the gradient of the left operand."""
@@ -195,6 +203,26 @@ def _traced(fn: Callable, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> Convolu
     return Convolution(jax.make_jaxpr(fn)(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (lhs, rhs))))
 
 
+def _convolve_codes(eqn: Any, left: Codes, right: Codes) -> jax.Array:
+    """Returns the float32 convolution of codes under their scales."""
+    pair, changed = (left.values, right.values), {"preferred_element_type": _sum_of(left.values)}
+    if pair[0].dtype != pair[1].dtype:  # JAX convolves one type only; bfloat16 holds every float8 exactly
+        pair = tuple(codes.astype(jnp.bfloat16) for codes in pair)
+    product = eqn.primitive.bind(*pair, **(eqn.params | changed))
+    numbers = eqn.params["dimension_numbers"]
+    scales = (
+        _along(left.scale, numbers.out_spec[0], product.ndim),
+        _along(right.scale, numbers.out_spec[1], product.ndim),
+    )
+    return product.astype(jnp.float32) * scales[0] * scales[1]
+
+
+def _numbers(ndim: int) -> Any:
+    """Returns the dimension numbers of (..., M, K) times (..., K, N)."""
+    leading = tuple(range(ndim - 2))
+    return (((ndim - 1,), (ndim - 2,)), (leading, leading))
+
+
 def _sum_of_codes(left: jax.Array, right: jax.Array, numbers: Any) -> jax.Array:
     """Returns the float32 product of (..., M, K) and (..., K, N) codes, in int32 sums too short to overflow."""
     sums = [
@@ -219,16 +247,46 @@ def _along(scale: jax.Array, axis: int, ndim: int) -> jax.Array:
     return jnp.expand_dims(scale.reshape(-1), tuple(each for each in range(ndim) if each != axis))
 
 
-def as_matmul(lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any) -> tuple[Term, Callable]:
-    """Returns the matrix product that a dot_general is, and what gives its result the dot_general's shape."""
+def contracted_axes(eqn: Any, operand: int) -> tuple[int, ...]:
+    """Returns the axes of an operand of a dot_general or convolution equation that are summed over."""
+    numbers = eqn.params["dimension_numbers"]
+    if eqn.primitive.name == "dot_general":
+        return tuple(numbers[0][operand])
+    return tuple((numbers.lhs_spec, numbers.rhs_spec)[operand][1:])
+
+
+Layout = Callable[[jax.Array], jax.Array]
+
+
+class Layouts(NamedTuple):
+    """An operation, and what brings arrays to it: operands, or scales of their rank, and its result.
+
+    Attributes:
+      op: what is multiplied.
+      operands: brings the left and the right operand into its shape.
+      restore: brings the result into the shape that its equation has.
+    """
+
+    op: Any
+    operands: tuple[Layout, Layout]
+    restore: Layout
+
+
+def as_matmul(lhs: tuple[int, ...], rhs: tuple[int, ...], dimension_numbers: Any) -> Layouts:
+    """Returns the matrix product that a dot_general of operands of these shapes is."""
     (lhs_contracted, rhs_contracted), (lhs_batch, rhs_batch) = dimension_numbers
-    lhs_kept = [axis for axis in range(lhs.ndim) if axis not in (*lhs_batch, *lhs_contracted)]
-    rhs_kept = [axis for axis in range(rhs.ndim) if axis not in (*rhs_batch, *rhs_contracted)]
-    batch = tuple(lhs.shape[axis] for axis in lhs_batch)
-    rows = tuple(lhs.shape[axis] for axis in lhs_kept)
-    columns = tuple(rhs.shape[axis] for axis in rhs_kept)
-    inner = math.prod(lhs.shape[axis] for axis in lhs_contracted)
-    stack = (math.prod(batch),) if batch else ()
-    left = lhs.transpose((*lhs_batch, *lhs_kept, *lhs_contracted)).reshape((*stack, math.prod(rows), inner))
-    right = rhs.transpose((*rhs_batch, *rhs_contracted, *rhs_kept)).reshape((*stack, inner, math.prod(columns)))
-    return Term(Matmul(), left, right), lambda out: out.reshape((*batch, *rows, *columns))
+    lhs_kept = [axis for axis in range(len(lhs)) if axis not in (*lhs_batch, *lhs_contracted)]
+    rhs_kept = [axis for axis in range(len(rhs)) if axis not in (*rhs_batch, *rhs_contracted)]
+    out = [lhs[axis] for axis in (*lhs_batch, *lhs_kept)] + [rhs[axis] for axis in rhs_kept]
+    operands = _merged(lhs_batch, lhs_kept, lhs_contracted), _merged(rhs_batch, rhs_contracted, rhs_kept)
+    return Layouts(Matmul(), operands, lambda product: product.reshape(out))
+
+
+def _merged(batch: Sequence[int], rows: Sequence[int], columns: Sequence[int]) -> Layout:
+    """Returns the layout that merges three groups of axes into one axis each; without a first if it is empty."""
+
+    def layout(x: jax.Array) -> jax.Array:
+        sizes = [math.prod(x.shape[axis] for axis in group) for group in (batch, rows, columns)]
+        return x.transpose((*batch, *rows, *columns)).reshape(sizes if batch else sizes[1:])
+
+    return layout

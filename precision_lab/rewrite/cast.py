@@ -20,13 +20,16 @@ from jax.custom_derivatives import SymbolicZero
 
 from precision_lab.formats import Format, format, round_to
 from precision_lab.policy import Accumulator, Treatment
+from precision_lab.quant.core import Given
 from precision_lab.rewrite import _compat
-from precision_lab.rewrite.bilinear import Term, as_matmul, convolution
-from precision_lab.rewrite.quantized import fake_quantized, have_codes, why_no_codes
+from precision_lab.rewrite.bilinear import Layout, Layouts, Term, as_matmul, convolution
+from precision_lab.rewrite.parameters import dense, is_stored
+from precision_lab.rewrite.quantized import NOTHING_GIVEN, Codes, codes_of, fake_quantized, have_codes, why_no_codes
 
 PRODUCT = "policy_product"  # what our products go by, as functions and as a primitive
 NATIVE = frozenset(("float16", "bfloat16", "float32", "float64"))
 FLOAT32 = format("float32")
+Pair = tuple[Any, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,31 +193,43 @@ def quantizers_of(treatment: Treatment, parameters: tuple[bool, bool]) -> tuple[
 
 def cast_product(
     eqn: Any,
-    lhs: jax.Array,
-    rhs: jax.Array,
+    lhs: Any,
+    rhs: Any,
     how: Casting,
     *,
     before: tuple[Any, Any] | None = None,
     of_tangents: bool = False,
+    given: tuple[Given, Given] = (NOTHING_GIVEN, NOTHING_GIVEN),
 ) -> jax.Array:
     """Evaluates a dot_general or conv_general_dilated equation as `how` says.
 
     Args:
       eqn: the equation.
-      lhs, rhs: its operands.
+      lhs, rhs: its operands: arrays, or parameters as they are stored, which are quantized already.
       how: formats.
       before: quantizer of each operand before the product, whose estimators take part in the derivative.
       of_tangents: whether an operand may be a tangent. Then JAX will transpose the product rather than differentiate
         it, for which it has to be the bilinear primitive itself.
+      given: of each operand, what its quantizer is not to find itself; in the shape that scales have in a matrix
+        product, or scalars.
     """
-    if eqn.primitive.name == "dot_general":
-        term, restore = as_matmul(lhs, rhs, eqn.params["dimension_numbers"])
-    else:
-        op = convolution(eqn.primitive, tuple(eqn.params.items()), lhs.shape, rhs.shape)
-        term, restore = Term(op, lhs, rhs), lambda out: out
+    layouts = layouts_of(eqn, lhs.shape, rhs.shape)
     if before is not None:
-        return restore(_product_of_quantized(term, how, before))
-    return restore((_bilinear_product if of_tangents else _product)(term, how))
+        return layouts.restore(_product_of_quantized(layouts, (lhs, rhs), how, before, given))
+    operands = (layout(dense(x)) for layout, x in zip(layouts.operands, (lhs, rhs), strict=True))
+    return layouts.restore((_bilinear_product if of_tangents else _product)(Term(layouts.op, *operands), how))
+
+
+def layouts_of(eqn: Any, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> Layouts:
+    """Returns a product as an operation of ours, and what brings operands of these shapes to it."""
+    if eqn.primitive.name == "dot_general":
+        return as_matmul(lhs, rhs, eqn.params["dimension_numbers"])
+
+    def unchanged(x: jax.Array) -> jax.Array:
+        return x
+
+    op = convolution(eqn.primitive, tuple(eqn.params.items()), lhs, rhs)
+    return Layouts(op, (unchanged, unchanged), unchanged)
 
 
 def _product(term: Term, how: Casting) -> jax.Array:
@@ -227,41 +242,58 @@ def _bilinear_product(term: Term, how: Casting) -> jax.Array:
     return _bilinear.bind(term.lhs, term.rhs, op=term.op, how=how)
 
 
-def _product_of_quantized(term: Term, how: Casting, before: tuple[Any, Any]) -> jax.Array:
+def _product_of_quantized(
+    layouts: Layouts, operands: Pair, how: Casting, before: Pair, given: tuple[Given, Given]
+) -> jax.Array:
     """Returns the product of operands that are quantized first: of their codes where `how` can, else of values."""
-    values = [
-        x if quantizer is None else fake_quantized(x, quantizer, axes)
-        for x, quantizer, axes in zip(term[1:], before, term.op.contracted(), strict=True)
-    ]
+    sides = list(zip(operands, before, layouts.op.contracted(), layouts.operands, given, strict=True))
+    values = [_values(*side) for side in sides]
     plain = dataclasses.replace(how, operands=tuple(dataclasses.replace(one, quantizer=None) for one in how.operands))
-    if how.codes is None:
-        return _product(Term(term.op, *values), plain)
-    return _with_derivative(term.op, plain, how)(*values, *map(lax.stop_gradient, term[1:]))
+    if how.codes is None or not layouts.op.takes_codes():
+        return _product(Term(layouts.op, *values), plain)
+    return _with_derivative(layouts.op, plain, how)(*values, *(part for side in sides for part in _codes(*side)))
+
+
+def _values(x: Any, quantizer: Any, axes: tuple[int, ...], layout: Layout, given: Given) -> jax.Array:
+    """Returns an operand on the grid of its quantizer, in the shape in which it is multiplied."""
+    if is_stored(x):
+        return layout(x.values())
+    x = layout(dense(x))
+    return x if quantizer is None else fake_quantized(x, quantizer, axes, given)
+
+
+def _codes(x: Any, quantizer: Any, axes: tuple[int, ...], layout: Layout, given: Given) -> Codes:
+    """Returns the codes of an operand and their scales, in the shape in which they are multiplied."""
+    if is_stored(x):
+        return Codes(*map(layout, x.codes()))
+    return codes_of(lax.stop_gradient(layout(dense(x))), quantizer, axes, given)
 
 
 @functools.lru_cache(maxsize=4096)
 def _with_derivative(op: Any, how: Casting, forward: Casting | None = None) -> Callable[..., jax.Array]:
     """Returns the function of two operands that `op` under `how` is.
 
-    With `forward` it is a function of four: of the derivative's operands, and of those whose product under `forward`
-    is the value.
+    With `forward` it is a function of six: of the derivative's operands, and of the codes and scales of each, whose
+    product is the value.
     """
 
-    def evaluate(lhs: jax.Array, rhs: jax.Array, *raw: jax.Array) -> jax.Array:
-        return _evaluate(*(raw or (lhs, rhs)), op=op, how=forward or how)
+    def evaluate(lhs: jax.Array, rhs: jax.Array, *codes: jax.Array) -> jax.Array:
+        if forward is None:
+            return _evaluate(lhs, rhs, op=op, how=how)
+        return _as_result(op.multiply_codes(Codes(*codes[:2]), Codes(*codes[2:])), forward)
 
     evaluate.__name__ = PRODUCT
     product = jax.custom_jvp(evaluate)
 
     def jvp(primals: Any, tangents: Any) -> tuple[jax.Array, Any]:
-        (lhs, rhs, *raw), tangents = primals, tangents[:2]
+        (lhs, rhs, *codes), tangents = primals, tangents[:2]
         pairs = ((tangents[0], how.kept(rhs, 1)), (how.kept(lhs, 0), tangents[1]))
         terms = [
             _bilinear_product(Term(op, *pair), how.with_tangent(operand))
             for operand, (pair, tangent) in enumerate(zip(pairs, tangents, strict=True))
             if not isinstance(tangent, SymbolicZero)
         ]
-        return product(lhs, rhs, *raw), functools.reduce(jnp.add, terms)
+        return product(lhs, rhs, *codes), functools.reduce(jnp.add, terms)
 
     product.defjvp(jvp, symbolic_zeros=True)
     return product
@@ -269,7 +301,11 @@ def _with_derivative(op: Any, how: Casting, forward: Casting | None = None) -> C
 
 def _evaluate(lhs: jax.Array, rhs: jax.Array, *, op: Any, how: Casting) -> jax.Array:
     """Takes the product of the cast operands."""
-    out = op.multiply(lhs, rhs, how)
+    return _as_result(op.multiply(lhs, rhs, how), how)
+
+
+def _as_result(out: jax.Array, how: Casting) -> jax.Array:
+    """Returns a product in the dtype of its result."""
     info = jnp.finfo(how.result)
     if info.bits < 32:  # XLA may drop the rounding of a cast that is undone later, but not this one
         out = lax.reduce_precision(out, info.nexp, info.nmant)

@@ -14,11 +14,14 @@ import jax
 from jax import lax
 
 from precision_lab.rewrite import _compat
+from precision_lab.rewrite.bilinear import contracted_axes
 from precision_lab.rewrite.cast import PRODUCT, cast_product
+from precision_lab.rewrite.lookup import looked_up
 from precision_lab.rewrite.marks import OPERANDS, OUTPUT, SHADOW, mark_value
 from precision_lab.rewrite.operations import Operate, as_traced, like_operand, operate, rounded
+from precision_lab.rewrite.parameters import Parameter, can_scan, dense, is_stored, passed
 from precision_lab.rewrite.scaled import scaled_product
-from precision_lab.rewrite.steps import Cast, Enter, Observed, Plan
+from precision_lab.rewrite.steps import Cast, Enter, Lookup, Observed, Plan
 
 Values = list[Any]
 
@@ -42,21 +45,46 @@ def _evaluate(plan: Plan, jaxpr: Any, consts: Sequence[Any], operands: Sequence[
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _execute(step: Cast | Operate | Observed | Enter | None, eqn: Any, given: Values) -> Values:
+def _execute(step: Cast | Lookup | Operate | Observed | Enter | None, eqn: Any, given: Values) -> Values:
     """Evaluates one equation."""
+    if step is None and (result := passed(eqn, given)):
+        return result
+    if not _takes_parameters(step, eqn, given):
+        given = [dense(x) for x in given]
     if step is None:
         return _compat.bind(eqn, as_traced(eqn.invars, given))
+    if isinstance(step, Lookup):
+        return [looked_up(eqn, given[0], given[1], step)]
     if isinstance(step, Observed):
         return _observe(step, eqn, given)
     if isinstance(step, Cast) and step.amaxes is not None:
         return rounded([_scaled(step, eqn, given)], step.treatment.round)
     if isinstance(step, Cast):
-        product = cast_product(eqn, given[0], given[1], step.casting, before=step.before, of_tangents=step.of_tangents)
-        return rounded([product], step.treatment.round)
+        return rounded([_product(step, eqn, given)], step.treatment.round)
     if isinstance(step, Operate):
         return operate(step, eqn, given)
     results = _enter(step, eqn, given)
     return like_operand(results, given) if step.is_activation else results
+
+
+def _takes_parameters(step: Any, eqn: Any, given: Values) -> bool:
+    """Returns whether an equation takes parameters as they are stored."""
+    if isinstance(step, Enter):
+        scans = eqn.primitive.name == "scan" and all(map(can_scan, given[sum(_compat.scan_arity(eqn)) :]))
+        return scans or eqn.primitive.name in _compat.JITS | _compat.REMATS
+    return isinstance(step, Lookup) or (isinstance(step, Cast) and step.amaxes is None)
+
+
+def _product(step: Cast, eqn: Any, given: Values) -> Any:
+    """Evaluates a product of operands of which some may be parameters that are not arrays yet."""
+    operands = list(given)
+    for operand, quantizer in enumerate(step.before or ()):
+        x = operands[operand]
+        if quantizer is not None and isinstance(x, Parameter) and not is_stored(x):
+            x.noted(step.site, quantizer, contracted_axes(eqn, operand))
+            operands[operand] = x.values()
+    options = {"before": step.before, "of_tangents": step.of_tangents, "given": step.given}
+    return cast_product(eqn, operands[0], operands[1], step.casting, **options)
 
 
 def _scaled(step: Cast, eqn: Any, given: Values) -> Any:
@@ -72,6 +100,8 @@ def _enter(step: Enter, eqn: Any, given: Values) -> Values:
     if name in _compat.JITS | _compat.REMATS:
         inner = [_callable(plan, part.jaxpr, _evaluate) for plan, part in zip(step.plans, parts, strict=True)]
         return list(_REBUILD[name](eqn, inner, given))
+    if name == "scan":
+        return _scan(eqn, _callable(step.plans[0], parts[0].jaxpr), given)
     given = as_traced(eqn.invars, given)
     if name in _compat.CUSTOM_RULES:
         return _compat.bind_custom_rule(eqn, given, functools.partial(_rewritten, step))
@@ -126,16 +156,20 @@ def _remat(eqn: Any, inner: Sequence[Callable], given: Values) -> Values:
     return jax.checkpoint(inner[0], prevent_cse=eqn.params["prevent_cse"], policy=policy)(*given)
 
 
-def _scan(eqn: Any, inner: Sequence[Callable], given: Values) -> Values:
+def _scan(eqn: Any, run: Callable[..., Values], given: Values) -> Values:
     """Rebuilds a scan."""
     consts, carry = _compat.scan_arity(eqn)
+    whole = [
+        x if isinstance(x, Parameter) else as_traced([atom], [x])[0] for atom, x in zip(eqn.invars, given, strict=True)
+    ]
 
     def body(state: Values, x: Values) -> tuple[Values, Values]:
-        out = inner[0](*given[:consts], *state, *x)
+        slices = [each.sliced() if isinstance(each, Parameter) else each for each in x]
+        out = run(*whole[:consts], *state, *slices)
         return out[:carry], out[carry:]
 
     options = {key: eqn.params[key] for key in ("length", "reverse", "unroll")}
-    state, ys = lax.scan(body, given[consts : consts + carry], given[consts + carry :], **options)
+    state, ys = lax.scan(body, [dense(x) for x in whole[consts : consts + carry]], whole[consts + carry :], **options)
     return [*state, *ys]
 
 
@@ -168,6 +202,6 @@ def _inlined(eqn: Any, inner: Sequence[Callable], given: Values) -> Values:
     return inner[0](*given)
 
 
-_REBUILD = {"scan": _scan, "while": _while, "cond": _cond, "shard_map": _shard_map}
+_REBUILD = {"while": _while, "cond": _cond, "shard_map": _shard_map}
 _REBUILD |= dict.fromkeys(_compat.JITS, _jit) | dict.fromkeys(_compat.REMATS, _remat)
 _REBUILD |= dict.fromkeys(_compat.INLINED, _inlined)

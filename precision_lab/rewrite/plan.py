@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import difflib
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,16 +17,18 @@ import numpy as np
 
 from precision_lab.policy import OP_TABLE, Policy, Treatment
 from precision_lab.policy.ops import ACTIVATIONS
-from precision_lab.policy.treatment import default_accum
+from precision_lab.quant.core import Given
 from precision_lab.rewrite import _compat
 from precision_lab.rewrite.cast import casting_of, quantizers_of
+from precision_lab.rewrite.equations import UNSUPPORTED, already, describe, flops, why_not
+from precision_lab.rewrite.lookup import LOOKUP, looks_up_rows
 from precision_lab.rewrite.marks import MARKED
 from precision_lab.rewrite.operations import CASTABLE, Operate, is_castable
+from precision_lab.rewrite.quantized import NOTHING_GIVEN
 from precision_lab.rewrite.scaled import Amaxes
 from precision_lab.rewrite.sites import FULL_PRECISION, PRODUCTS, Site, SiteTable, clean_scope, module_types
-from precision_lab.rewrite.steps import Cast, Enter, Observed, Plan
+from precision_lab.rewrite.steps import Cast, Enter, Lookup, Observed, Plan
 
-UNSUPPORTED = frozenset(("ragged_dot_general", "ragged_dot"))
 LAYOUT = frozenset(
     ["reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "slice", "dynamic_slice", "rev", "copy"]
 ) | {"copy_p", "convert_element_type", "sharding_constraint", "optimization_barrier", "reduce_precision", MARKED}
@@ -54,12 +55,14 @@ class Planner:
         everything: bool = False,
         observing: bool = False,
         amaxes: Mapping[str, Amaxes] | None = None,
+        given: Mapping[str, Mapping[str, Given]] | None = None,
     ) -> None:
         self.policy = policy
         self.root = root
         self.types = types or {}
         self.observing = observing
         self._amaxes = amaxes or {}
+        self._given = given or {}
         self._everything = everything
         self.sites: list[Site] = []
         self._counts: collections.Counter[tuple[str, str]] = collections.Counter()
@@ -78,7 +81,8 @@ class Planner:
           call: for a derivative rule, the sites of the function that it belongs to; None for the function itself.
           of_tangents: whether operands may be tangents.
         """
-        planner = Planner(self.policy, self.root, self.types, observing=self.observing, amaxes=self._amaxes)
+        options: dict[str, Any] = {"observing": self.observing, "amaxes": self._amaxes, "given": self._given}
+        planner = Planner(self.policy, self.root, self.types, **options)
         planner._counts = collections.Counter(counts)
         planner._default_precision = self._default_precision
         planner._call = self._call if call is None else call
@@ -93,7 +97,7 @@ class Planner:
 
     def _is_named(self, site: Site) -> bool:
         """Returns whether an operation is listed though it is no product."""
-        return site.op in UNSUPPORTED or any(rule.matches(*_names(site)) for rule in self.policy.rules)
+        return site.op in UNSUPPORTED | {LOOKUP} or any(rule.matches(*_names(site)) for rule in self.policy.rules)
 
     def walk(self, jaxpr: Any, origins: Sequence[Any], scope: str = "") -> tuple[Plan, Origins]:
         """Returns the plan of a jaxpr and the provenance of its outputs.
@@ -128,16 +132,31 @@ class Planner:
             site = dataclasses.replace(self._site(eqn, sources, scope), reason="no policy reaches this operation yet")
             self.sites.append(site)
             return self._observed(None, sources), unknown
+        if name == LOOKUP and _is_path(sources[0]) and looks_up_rows(eqn):
+            return self._lookup(eqn, sources, scope), unknown
         for hidden in _compat.hidden_jaxprs(eqn):
             self._report_hidden(hidden, scope, name)
-        step = self._operation(eqn, sources, scope) if self._reaches_operations else None
+        step = self._operation(eqn, None, scope) if self._reaches_operations else None
         return step, [sources[0] if name in LAYOUT else _combined(sources)] * len(eqn.outvars)
 
-    def _operation(self, eqn: Any, sources: Origins, scope: str) -> Operate | None:
+    def _lookup(self, eqn: Any, sources: Origins, scope: str) -> Lookup | Operate | None:
+        """Decides on a lookup of rows of a parameter, and records it as a site."""
+        site = self._site(eqn, sources[:1], scope)
+        treatment = self.policy.at(*_names(site))
+        if treatment.embedding is None and self._reaches_operations:
+            return self._operation(eqn, site, scope)
+        reason = "full_precision region" if _is_full_precision(scope) else ""
+        reason = reason or ("" if is_castable(eqn.invars[0].aval) else f"{eqn.invars[0].aval.dtype} table")
+        self.sites.append(dataclasses.replace(site, treatment=None if reason else treatment, reason=reason))
+        if reason or treatment.embedding is None:
+            return None
+        return Lookup(treatment.embedding, site.name, self._given.get(site.name, {}).get("lhs", NOTHING_GIVEN))
+
+    def _operation(self, eqn: Any, site: Site | None, scope: str) -> Operate | None:
         """Decides on an operation that is not a product, and records it as a site if it computes with floats."""
         if not any(is_castable(atom.aval) for atom in (*eqn.invars, *eqn.outvars)):
             return None
-        site = self._site(eqn, [], scope)
+        site = site or self._site(eqn, [], scope)
         treatment = self.policy.at(*_names(site))
         if _is_full_precision(scope):
             self.sites.append(dataclasses.replace(site, reason="full_precision region"))
@@ -194,19 +213,21 @@ class Planner:
         site = self._site(eqn, sources, scope)
         treatment = self.policy.at(*_names(site)) if self._call is None else self._treatment_in_rule(site)
         asked = any(rule.sets("compute") and rule.matches(*_names(site)) for rule in self.policy.rules)
-        reason = _why_not(eqn, treatment, asked, self._default_precision)
+        reason = why_not(eqn, treatment, asked, self._default_precision)
         if _is_full_precision(scope):
             reason = "full_precision region"
         if reason:
             self.sites.append(dataclasses.replace(site, reason=reason))
             return None
         self.sites.append(dataclasses.replace(site, treatment=treatment))
-        if _already(eqn, treatment):
+        if already(eqn, treatment):
             return None
         parameters = (_is_path(sources[0]), _is_path(sources[1]))
         result = self._result(eqn, treatment)
         casting, before = casting_of(treatment, parameters, result)
-        return Cast(treatment, casting, before, self._of_tangents, self._amaxes.get(site.name))
+        of = self._given.get(site.name, {})
+        given = (of.get("lhs", NOTHING_GIVEN), of.get("rhs", NOTHING_GIVEN))
+        return Cast(treatment, casting, before, self._of_tangents, site.name, self._amaxes.get(site.name), given)
 
     def _result(self, eqn: Any, treatment: Treatment) -> Any:
         """Returns the dtype of a product's result: the compute dtype under autocast, else what the model expects."""
@@ -260,9 +281,10 @@ class Planner:
         path, op = clean_scope(scope, self.root) if parameter is None else parameter, eqn.primitive.name
         index = self._counts[path, op]
         self._counts[path, op] += 1
-        operands = tuple(_describe(atom.aval) for atom in eqn.invars)
-        out, module = _describe(eqn.outvars[0].aval), module_types(path, self.types)
-        return Site(path, op, index, parameter is not None, operands, out, _flops(eqn), module=module)
+        operands = tuple(describe(atom.aval) for atom in eqn.invars)
+        out, module = describe(eqn.outvars[0].aval), module_types(path, self.types)
+        by = _quantized_by(op, sources)
+        return Site(path, op, index, parameter is not None, operands, out, flops(eqn), module=module, quantized_by=by)
 
     def _report_hidden(self, jaxpr: Any, scope: str, holder: str) -> None:
         """Records the products inside an equation that is not entered, so that they are not passed over in silence."""
@@ -315,6 +337,15 @@ def _combined(sources: Origins) -> Any:
     return next(filter(_is_path, sources), CONSTANT)
 
 
+def _quantized_by(op: str, sources: Origins) -> tuple[str, ...]:
+    """Returns the settings that quantize the operands of an operation."""
+    if op not in PRODUCTS:
+        return ("embedding",) if op == LOOKUP and any(map(_is_path, sources)) else ()
+    if not any(map(_is_path, sources)):
+        return ("attention",) * len(sources)
+    return tuple("weight" if _is_path(source) else "activation" for source in sources)
+
+
 def _names(site: Site) -> tuple[str, ...]:
     """Returns what a rule's pattern may match of a site."""
     types = site.module.split("/") if site.module else ()
@@ -324,56 +355,6 @@ def _names(site: Site) -> tuple[str, ...]:
 def _is_full_precision(scope: str) -> bool:
     """Returns whether a name stack is inside `precision_lab.full_precision`."""
     return FULL_PRECISION in clean_scope(scope).split("/")
-
-
-def _why_not(eqn: Any, treatment: Treatment, asked: bool, default_precision: Any) -> str:
-    """Returns why a product is left alone, or an empty string."""
-    if treatment.op == "never":
-        return "op=never"
-    if treatment.op is not None:
-        raise ValueError(f"op={treatment.op} is for operations that are not products; give products compute= instead.")
-    dtypes = [str(atom.aval.dtype) for atom in eqn.invars[:2]]
-    wide = treatment.compute.name == "float64"
-    if other := [dtype for dtype in dtypes if dtype not in CASTABLE and not (wide and dtype == "float64")]:
-        return f"{other[0]} operand"
-    if str(eqn.outvars[0].aval.dtype) not in CASTABLE | {"float64"}:
-        return f"{eqn.outvars[0].aval.dtype} result"
-    precision = eqn.params.get("precision")
-    explicit = {str(p) for p in (precision if isinstance(precision, tuple) else (precision,))} - {"None", "DEFAULT"}
-    if explicit and not asked and precision != default_precision:
-        return f"explicit precision {sorted(explicit)[0]}"
-    return ""
-
-
-def _already(eqn: Any, treatment: Treatment) -> bool:
-    """Returns whether a product is, as it stands, what the policy asks for."""
-    if treatment.compute.name not in ("float32", "float64"):
-        return False  # JAX's own derivative would multiply in mixed types.
-    plain = Treatment(compute=treatment.compute, accum=default_accum(treatment.compute), execution=treatment.execution)
-    dtypes = {np.dtype(atom.aval.dtype) for atom in eqn.invars[:2]}
-    result = np.dtype(eqn.outvars[0].aval.dtype)
-    return treatment == plain and dtypes == {treatment.compute.dtype} and result == treatment.compute.dtype
-
-
-def _flops(eqn: Any) -> int:
-    """Returns two times the multiplications of a product; 0 for other operations."""
-    if eqn.primitive.name not in PRODUCTS | UNSUPPORTED:
-        return 0
-    lhs, rhs, out = (atom.aval.shape for atom in (*eqn.invars[:2], eqn.outvars[0]))
-    if eqn.primitive.name == "dot_general":
-        (contracted, _), _ = eqn.params["dimension_numbers"]
-        return 2 * math.prod(out) * math.prod(lhs[axis] for axis in contracted)
-    if eqn.primitive.name in UNSUPPORTED:
-        return 2 * math.prod(out) * lhs[-1]
-    out_features = rhs[eqn.params["dimension_numbers"].rhs_spec[0]]
-    return 2 * math.prod(out) * math.prod(rhs) // max(out_features, 1)
-
-
-def _describe(aval: Any) -> str:
-    """Writes an abstract array as in `float32[8,128]`."""
-    if not hasattr(aval, "shape"):
-        return str(aval)
-    return f"{aval.dtype}[{','.join(map(str, aval.shape))}]"
 
 
 def _join(outer: str, inner: str) -> str:

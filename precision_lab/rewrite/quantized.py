@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from precision_lab.formats.randomness import GOLDEN, hashed
-from precision_lab.quant import Quantizer, fake_quantize
+from precision_lab.quant import QTensor, Quantizer, fake_quantize
 from precision_lab.quant.core import Given, quantize_parts
 from precision_lab.quant.numbers import static_params
 from precision_lab.quant.tiles import Tiles
 
 _LARGEST_INT8 = 127
 _SHARED = ("tensor", "channel", "token")
+NOTHING_GIVEN = Given()
 
 
 class Codes(NamedTuple):
@@ -25,20 +26,37 @@ class Codes(NamedTuple):
     scale: jax.Array
 
 
-def fake_quantized(x: jax.Array, quantizer: Quantizer, axes: tuple[int, ...]) -> jax.Array:
-    """Returns an operand on the grid of its quantizer, in float32; `axes` are those that the product contracts."""
+def fake_quantized(
+    x: jax.Array, quantizer: Quantizer, axes: tuple[int, ...], given: Given = NOTHING_GIVEN
+) -> jax.Array:
+    """Returns an operand on the grid of its quantizer, in float32.
+
+    Args:
+      x: the operand.
+      quantizer: its quantizer.
+      axes: those that the product contracts.
+      given: scale, zero point and offset that are not to be found in `x`.
+    """
     x = x.astype(jnp.float32)
-    return fake_quantize(x, quantizer, axis=axes, key=_key_of(x) if quantizer.rounding == "stochastic" else None)
+    key = _key_of(x) if quantizer.rounding == "stochastic" else None
+    return fake_quantize(x, quantizer, axis=axes, key=key, **given._asdict())
 
 
-def codes_of(x: jax.Array, quantizer: Quantizer, axes: tuple[int, ...]) -> Codes:
+def codes_of(x: jax.Array, quantizer: Quantizer, axes: tuple[int, ...], given: Given = NOTHING_GIVEN) -> Codes:
     """Returns the codes and scales whose products are those of `fake_quantized`."""
     x = x.astype(jnp.float32)
     key = _key_of(x) if quantizer.rounding == "stochastic" else None
     axes = tuple(axis % x.ndim for axis in axes)
     tiles = Tiles.of(x.shape, quantizer.granularity, axes)
-    parts = quantize_parts(x, tiles, Given(), quantizer, static_params(quantizer), key)
+    parts = quantize_parts(x, tiles, given, quantizer, static_params(quantizer), key)
     return Codes(parts.values.astype(_dtype(quantizer)), parts.scale)
+
+
+def codes_in(stored: QTensor) -> Codes:
+    """Returns the codes and scales of an array that is stored quantized."""
+    fmt, scale = stored.quantizer.code_format, stored.scale
+    assert scale is not None  # `have_codes` asks for one
+    return Codes(fmt.decode(stored.codes).astype(_dtype(stored.quantizer)), scale)
 
 
 def have_codes(left: Quantizer | None, right: Quantizer | None) -> bool:

@@ -15,8 +15,8 @@ from precision_lab.rewrite.printing import table_text
 FULL_PRECISION = "full_precision"  # name scope of the regions that policies leave alone
 PRODUCTS = frozenset(("dot_general", "conv_general_dilated"))
 # Keys that the column "settings" shows; `compute` and `accum` have columns of their own.
-_OF_PRODUCTS = tuple(key for key in SETTINGS if key not in ("compute", "accum"))
-_OF_OTHERS = ("op", "round")
+_OF_PRODUCTS = tuple(key for key in SETTINGS if key not in ("compute", "accum", "embedding"))
+_OF_OTHERS = ("op", "round", "embedding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Site:
       flops: multiplications and additions of one execution, forward; 0 for what is not a product.
       treatment: what the policy makes of it; None where the site is left alone.
       reason: why the site is left alone; empty where it is not.
+      quantized_by: the setting that quantizes each operand: "weight", "activation", "attention" or "embedding".
       module: type names of the modules around it, outermost first ("GPT/EncoderBlock/LayerNorm"); empty in functions.
     """
 
@@ -46,6 +47,7 @@ class Site:
     treatment: Treatment | None = None
     reason: str = ""
     module: str = ""
+    quantized_by: tuple[str, ...] = ()
 
     @property
     def lhs(self) -> str:
@@ -84,7 +86,8 @@ class Site:
     @property
     def name(self) -> str:
         """The path alone for the only product of a parameter that has one, else `path:op#index`."""
-        return self.path if self.path and self.has_parameter and self.index == 0 else self.full_name
+        alone = self.path and self.has_parameter and self.is_product and self.index == 0
+        return self.path if alone else self.full_name
 
     @property
     def full_name(self) -> str:

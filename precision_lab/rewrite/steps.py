@@ -8,9 +8,12 @@ from typing import Any
 
 from precision_lab.formats import Format
 from precision_lab.policy import Treatment
+from precision_lab.quant import Quantizer
+from precision_lab.quant.core import Given
 from precision_lab.rewrite import _compat
 from precision_lab.rewrite.cast import Casting
 from precision_lab.rewrite.operations import Operate
+from precision_lab.rewrite.quantized import NOTHING_GIVEN
 from precision_lab.rewrite.scaled import Amaxes
 
 
@@ -23,14 +26,33 @@ class Cast:
       casting: how the product is computed.
       before: quantizer of each operand before the product; None where none has one.
       of_tangents: whether an operand may be a tangent, in which the product will be transposed.
+      site: name of the site.
       amaxes: what scales are made of that come from outside, or None.
+      given: of each operand, what its quantizer is not to find itself.
     """
 
     treatment: Treatment
     casting: Casting
     before: tuple[Any, Any] | None
     of_tangents: bool
+    site: str = ""
     amaxes: Amaxes | None = None
+    given: tuple[Given, Given] = (NOTHING_GIVEN, NOTHING_GIVEN)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lookup:
+    """A lookup of rows of a parameter that is quantized: an embedding.
+
+    Attributes:
+      quantizer: how each row, or the whole table, is quantized.
+      site: name of the site.
+      given: what the quantizer is not to find itself.
+    """
+
+    quantizer: Quantizer
+    site: str
+    given: Given = NOTHING_GIVEN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +93,7 @@ class Enter:
 class Plan:
     """What to do at each equation of a jaxpr; None binds it as it stands."""
 
-    steps: tuple[Cast | Operate | Observed | Enter | None, ...]
+    steps: tuple[Cast | Lookup | Operate | Observed | Enter | None, ...]
 
     @property
     def is_empty(self) -> bool:

@@ -168,7 +168,7 @@ def under_policy(pure: PureCall, policy: Policy, loss: Callable[[Any], Any] | No
 
     def forward(params: Any, *args: Any, **kwargs: Any) -> Any:
         params = policy.cast_to_param(params) if pure.is_model else params
-        out = policy.cast_to_output(call(pure.fn, policy, params, args, kwargs, root=pure.root))
+        out = policy.cast_to_output(call(pure.fn, policy, params, args, kwargs, root=pure.root, types=pure.types))
         return out if loss is None else loss(out)
 
     return forward

@@ -1,0 +1,195 @@
+"""Conversion: a model whose parameters are stored quantized and whose products take their codes.
+
+Which parameters can be stored follows from a trace: those that nothing but quantized products and lookups use, along
+the same axes each time. The model's code and the paths of its parameters stay as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen, nnx
+
+from precision_lab.nn.calibration import Calibrated, arguments
+from precision_lab.nn.linen_policy import linen_under_policy
+from precision_lab.nn.nnx_policy import nnx_with_stored
+from precision_lab.nn.pure import pure_call
+from precision_lab.nn.scales import SCALES, Scales, given_scales
+from precision_lab.policy import Policy
+from precision_lab.policy.deriving import for_inference
+from precision_lab.ptq import round_to_nearest
+from precision_lab.quant import QTensor
+from precision_lab.rewrite import Use, Uses, call
+
+Method = Callable[[jax.Array, Any, tuple[int, ...]], tuple[QTensor, Any]]
+
+
+class How(NamedTuple):
+    """How a parameter is stored: its use, or why it cannot be."""
+
+    use: Use | None
+    why_not: str = ""
+
+
+def convert(
+    target: Any, policy: Any = None, *args: Any, params: Any = None, method: Method = round_to_nearest, **kwargs: Any
+) -> Any:
+    """Returns `target` for inference: weights stored quantized, products of their codes where the hardware has them.
+
+    Weight-only, dynamic and static quantization are three policies of this one path: "w4a16" quantizes weights alone,
+    "w8a8" activations too, by scales found in each call, and `pl.calibrate(model, "w8a8", batches)` by static ones.
+    What it returns computes what the policy promised: bit for bit the weights, to accumulation order the products.
+
+    Args:
+      target: a Calibrated, an `nnx.Module`, a `linen.Module`, or a function `fn(params, *args)`.
+      policy: a Policy or what parses to one; not with a Calibrated, which has its own.
+      args, kwargs: an example of what the model is called with, arrays or `jax.ShapeDtypeStruct`s; not with a
+        Calibrated. Nothing is executed on it.
+      params: a Linen model's variables, or a function's params.
+      method: what makes a QTensor of a weight: `(weight, quantizer, contracted axes) -> (QTensor, Info)`.
+
+    Returns:
+      For an NNX model a copy of it under the policy, with QTensors in its `Param`s; for a Linen model (module,
+      variables); for a function (function, params). Call them as before.
+
+    Raises:
+      TypeError: arguments are missing or not for this target.
+      ValueError: the policy quantizes nothing.
+
+    Warns: of parameters that the policy quantizes but that have to stay as they are: used in several ways, or computed
+      with before they are multiplied. These are quantized in every call.
+    """
+    calibrated = _calibrated(target, policy, params, args, kwargs)
+    target, policy = calibrated.target, calibrated.policy
+    own, ways = storage_of(target, policy, calibrated.params, *calibrated.call)
+    stored = _stored(own, ways, method)
+    if not stored and not calibrated.scales:
+        why = "".join(f" '{path}' cannot be stored: {how.why_not}." for path, how in ways.items())
+        raise ValueError(f"policy '{policy}' quantizes no parameter of this model that can be stored.{why}")
+    for path, how in ways.items():
+        if how.why_not:
+            warnings.warn(f"'{path}' is quantized in every call, not stored: {how.why_not}.", stacklevel=2)
+    return _assembled(target, policy, calibrated, stored)
+
+
+def storage_of(target: Any, policy: Policy, params: Any, args: Any, kwargs: Any) -> tuple[Any, dict[str, How]]:
+    """Returns the params of a call, and for each one that a policy quantizes somewhere how it can be stored."""
+    uses, found = Uses(), []
+
+    def run(arrays: list[Any]) -> Any:
+        args, kwargs = together(arrays)  # under a trace, where NNX takes structs for the arrays that they stand for
+        pure = pure_call(target, *arguments(target, params, args, kwargs))
+        found.append(pure.params)
+        return call(pure.fn, policy, pure.params, pure.args, pure.kwargs, root=pure.root, types=pure.types, uses=uses)
+
+    arrays, together = _apart((args, kwargs))
+    jax.eval_shape(run, arrays)
+    shapes = {_path(path): np.shape(leaf) for path, leaf in jax.tree.leaves_with_path(found[0])}
+    quantized = {path: found for path, found in uses.by_path.items() if any(use.quantizer for use in found)}
+    return found[0], {path: _how(found, shapes[path]) for path, found in quantized.items()}
+
+
+def _how(uses: list[Use], shape: tuple[int, ...]) -> How:
+    """Returns how a parameter with these uses can be stored."""
+    ways = {use._replace(site="") for use in uses}
+    if len(ways) > 1:
+        quantizers = dict.fromkeys(
+            "as it is" if use.quantizer is None else f"{use.quantizer}, axes {use.axes}" for use in uses
+        )
+        return How(None, f"it is used in more than one way ({'; '.join(quantizers)})")
+    use = uses[0]
+    one, run = shape[use.stack :], _run_length(use.quantizer)
+    if isinstance(run, tuple):
+        fits = len(one) == 2 and use.axes == (0,)
+        return How(use) if fits else How(None, f"tiles of {run} are of the matrix (in, out), and it is stored as {one}")
+    if run and len(use.axes) > 1 and one[use.axes[-1]] % run:
+        return How(None, f"runs of {run} cross axis {use.axes[-1]} of {one}")
+    return How(use)
+
+
+def _run_length(quantizer: Any) -> Any:
+    """Returns how many neighbours share a scale along the last contracted axis; a tuple for tiles; 0 for all."""
+    if quantizer.format.kind == "block":
+        block = quantizer.format.block
+        return tuple(block) if len(block) > 1 else block[0]
+    sizes = quantizer.granularity.sizes
+    return tuple(sizes) if len(sizes) > 1 else math.prod(sizes) if sizes else 0
+
+
+def _stored(params: Any, ways: Mapping[str, How], method: Method) -> dict[str, QTensor]:
+    """Returns the parameters that can be stored, quantized, by path."""
+    leaves = {_path(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    return {path: _quantized(leaves[path], how.use, method) for path, how in ways.items() if how.use is not None}
+
+
+def _quantized(weight: Any, use: Use, method: Method) -> QTensor:
+    """Returns a weight stored as it is used; a stacked one slice by slice."""
+
+    def quantize(one: jax.Array) -> QTensor:
+        return method(one.astype(use.dtype).astype(jnp.float32), use.quantizer, use.axes)[0]
+
+    for _ in range(use.stack):
+        quantize = jax.vmap(quantize)
+    return dataclasses.replace(jax.jit(quantize)(jnp.asarray(weight)), dtype=np.dtype(weight.dtype))
+
+
+def _calibrated(target: Any, policy: Any, params: Any, args: Any, kwargs: Any) -> Calibrated:
+    """Returns what is to be converted, without scales if it was not calibrated."""
+    if isinstance(target, Calibrated):
+        if policy is not None or args or kwargs or params is not None:
+            raise TypeError(
+                "a calibrated model has its policy, params and example already: say pl.convert(calibrated)."
+            )
+        return target
+    if policy is None or not (args or kwargs):
+        raise TypeError(
+            "convert needs a policy and an example of what the model is called with, pl.convert(model, 'w4a16', x), or "
+            "what pl.calibrate returned."
+        )
+    return Calibrated(target, for_inference(Policy.parse(policy)), params, {}, {}, (args, kwargs))
+
+
+def _assembled(target: Any, policy: Policy, calibrated: Calibrated, stored: dict[str, QTensor]) -> Any:
+    """Returns the model with its parameters replaced."""
+    scales: Scales = calibrated.scales
+    if isinstance(target, nnx.Module):
+        return nnx_with_stored(target, policy, stored, scales)
+    if isinstance(target, linen.Module):
+        variables = dict(calibrated.params)
+        packed = {**variables, "params": _replaced(policy.cast_to_param(variables["params"]), stored)}
+        return linen_under_policy(target, policy), packed | ({SCALES: scales} if scales else {})
+    given = given_scales(scales)
+
+    def converted(params: Any, /, *args: Any, **kwargs: Any) -> Any:
+        return policy.cast_to_output(call(target, policy, params, args, kwargs, given=given))
+
+    return converted, _replaced(calibrated.params, stored)
+
+
+def _replaced(params: Any, stored: Mapping[str, QTensor]) -> Any:
+    """Returns a tree with some of its leaves replaced."""
+    return jax.tree.map_with_path(lambda path, leaf: stored.get(_path(path), leaf), params)
+
+
+def _apart(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """Returns the arrays of a tree, and what puts them back between its other leaves."""
+    leaves, structure = jax.tree.flatten(tree)
+    places = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
+
+    def together(arrays: list[Any]) -> Any:
+        new = dict(zip(places, arrays, strict=True))
+        return jax.tree.unflatten(structure, [new.get(i, leaf) for i, leaf in enumerate(leaves)])
+
+    return [leaves[i] for i in places], together
+
+
+def _path(path: Any) -> str:
+    """Writes a pytree path as sites have it."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")

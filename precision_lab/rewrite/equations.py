@@ -1,0 +1,65 @@
+"""What is read off one equation: its size, and whether a policy may change it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from precision_lab.policy import Treatment
+from precision_lab.policy.treatment import default_accum
+from precision_lab.rewrite.operations import CASTABLE
+from precision_lab.rewrite.sites import PRODUCTS
+
+UNSUPPORTED = frozenset(("ragged_dot_general", "ragged_dot"))
+
+
+def why_not(eqn: Any, treatment: Treatment, asked: bool, default_precision: Any) -> str:
+    """Returns why a product is left alone, or an empty string."""
+    if treatment.op == "never":
+        return "op=never"
+    if treatment.op is not None:
+        raise ValueError(f"op={treatment.op} is for operations that are not products; give products compute= instead.")
+    dtypes = [str(atom.aval.dtype) for atom in eqn.invars[:2]]
+    wide = treatment.compute.name == "float64"
+    if other := [dtype for dtype in dtypes if dtype not in CASTABLE and not (wide and dtype == "float64")]:
+        return f"{other[0]} operand"
+    if str(eqn.outvars[0].aval.dtype) not in CASTABLE | {"float64"}:
+        return f"{eqn.outvars[0].aval.dtype} result"
+    precision = eqn.params.get("precision")
+    explicit = {str(p) for p in (precision if isinstance(precision, tuple) else (precision,))} - {"None", "DEFAULT"}
+    if explicit and not asked and precision != default_precision:
+        return f"explicit precision {sorted(explicit)[0]}"
+    return ""
+
+
+def already(eqn: Any, treatment: Treatment) -> bool:
+    """Returns whether a product is, as it stands, what the policy asks for."""
+    if treatment.compute.name not in ("float32", "float64"):
+        return False  # JAX's own derivative would multiply in mixed types.
+    plain = Treatment(compute=treatment.compute, accum=default_accum(treatment.compute), execution=treatment.execution)
+    dtypes = {np.dtype(atom.aval.dtype) for atom in eqn.invars[:2]}
+    result = np.dtype(eqn.outvars[0].aval.dtype)
+    return treatment == plain and dtypes == {treatment.compute.dtype} and result == treatment.compute.dtype
+
+
+def flops(eqn: Any) -> int:
+    """Returns two times the multiplications of a product; 0 for other operations."""
+    if eqn.primitive.name not in PRODUCTS | UNSUPPORTED:
+        return 0
+    lhs, rhs, out = (atom.aval.shape for atom in (*eqn.invars[:2], eqn.outvars[0]))
+    if eqn.primitive.name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        return 2 * math.prod(out) * math.prod(lhs[axis] for axis in contracted)
+    if eqn.primitive.name in UNSUPPORTED:
+        return 2 * math.prod(out) * lhs[-1]
+    out_features = rhs[eqn.params["dimension_numbers"].rhs_spec[0]]
+    return 2 * math.prod(out) * math.prod(rhs) // max(out_features, 1)
+
+
+def describe(aval: Any) -> str:
+    """Writes an abstract array as in `float32[8,128]`."""
+    if not hasattr(aval, "shape"):
+        return str(aval)
+    return f"{aval.dtype}[{','.join(map(str, aval.shape))}]"
