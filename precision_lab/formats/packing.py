@@ -58,6 +58,10 @@ def unpack(packed: Any, bits: int, shape: tuple[int, ...]) -> Any:
     """
     xp, count = _namespace(packed), math.prod(shape)
     _check_packed(packed, packed_bytes(count, bits), f"{count} codes of {bits} bits")
+    if 8 % bits == 0:
+        places = np.arange(0, 8, bits, dtype=np.uint8)
+        codes = (packed[:, None] >> places) & np.uint8((1 << bits) - 1)
+        return codes.reshape(-1)[:count].reshape(shape)
     groups, group_bytes = _groups(bits)
     rows = xp.pad(packed, (0, -packed.size % group_bytes)).reshape(-1, group_bytes).astype(np.uint32)
     columns = []

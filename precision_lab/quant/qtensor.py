@@ -69,6 +69,16 @@ class QTensor:
         return _unpacked(self.packed, _element(self.quantizer), self.shape)
 
     @property
+    def integers(self) -> jax.Array:
+        """Returns the codes of an integer format of at most 8 bits as the integers that they are: int8, or uint8."""
+        fmt = self.quantizer.code_format
+        unused = np.int8(8 - fmt.bits)
+        if not fmt.signed:
+            return self.codes
+        # Shifted up and back, the highest bit of the code fills the bits above it.
+        return jax.lax.shift_right_arithmetic((self.codes << unused).astype(jnp.int8), unused)
+
+    @property
     def scale(self) -> jax.Array | None:
         """Returns what values are multiplied by, float32 of the shape of scales; None for block formats and casts."""
         if self.quantizer.format.kind == "block" or self.scales is None:
@@ -156,7 +166,7 @@ def _dequantize(q: QTensor) -> jax.Array:
     qz, tiles = q.quantizer, q.tiles
     if qz.format.kind == "block":
         return BlockArray(q.codes, q.scales, q.tensor_scale, qz.format, q.axis or (), q.dtype).decode()
-    values = _values(q.codes, qz.code_format)
+    values = _values_of(q)
     scale, zero_point = q.scale, q.zero_point
     if scale is not None:
         values = tiles.split(values)
@@ -194,10 +204,13 @@ def _unpacked(packed: jax.Array, fmt: Any, shape: tuple[int, ...]) -> jax.Array:
     return unpack_codes(packed, fmt, shape)
 
 
-def _values(codes: jax.Array, fmt: Any) -> jax.Array:
-    """Returns the values of codes as float32."""
+def _values_of(q: QTensor) -> jax.Array:
+    """Returns the values of the codes of a stored array, float32."""
+    fmt = q.quantizer.code_format
     if fmt.kind == "codebook":
-        return decode_codebook(codes, fmt)
+        return decode_codebook(q.codes, fmt)
     if fmt.bits > _WORD_BITS:
-        return jax.lax.bitcast_convert_type(codes, jnp.float32)
-    return fmt.decode(codes)
+        return jax.lax.bitcast_convert_type(q.codes, jnp.float32)
+    if fmt.kind == "int" and fmt.bits <= 8:
+        return q.integers.astype(jnp.float32) * np.float32(fmt.step)  # a power of two
+    return fmt.decode(q.codes)

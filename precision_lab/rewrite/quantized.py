@@ -54,9 +54,11 @@ def codes_of(x: jax.Array, quantizer: Quantizer, axes: tuple[int, ...], given: G
 
 def codes_in(stored: QTensor) -> Codes:
     """Returns the codes and scales of an array that is stored quantized."""
-    fmt, scale = stored.quantizer.code_format, stored.scale
+    dtype, scale = _dtype(stored.quantizer), stored.scale
     assert scale is not None  # `have_codes` asks for one
-    return Codes(fmt.decode(stored.codes).astype(_dtype(stored.quantizer)), scale)
+    if dtype == np.int8:
+        return Codes(stored.integers.astype(jnp.int8), scale)
+    return Codes(jax.lax.bitcast_convert_type(stored.codes, dtype), scale)
 
 
 def have_codes(left: Quantizer | None, right: Quantizer | None) -> bool:
