@@ -1,8 +1,29 @@
-"""Flax-facing: models under a policy."""
+"""Flax-facing: models under a policy, quantizers as modules, batch norms folded into the layers before them."""
 
 from precision_lab.nn.apply import apply_policy, explain, sites
+from precision_lab.nn.batch_norm import batch_norm_pairs, fold_batch_norm, fold_batch_norms
 from precision_lab.nn.calibration import Calibrated, calibrate
 from precision_lab.nn.conversion import convert
 from precision_lab.nn.delayed import DelayedScaling
+from precision_lab.nn.fake_quant import FakeQuant, LinenFakeQuant, QuantParam, QuantStat
+from precision_lab.nn.folded import BatchNormNumbers, FoldedBatchNorm, folded_fake_quantize
 
-__all__ = ["Calibrated", "DelayedScaling", "apply_policy", "calibrate", "convert", "explain", "sites"]
+__all__ = [
+    "BatchNormNumbers",
+    "Calibrated",
+    "DelayedScaling",
+    "FakeQuant",
+    "FoldedBatchNorm",
+    "LinenFakeQuant",
+    "QuantParam",
+    "QuantStat",
+    "apply_policy",
+    "batch_norm_pairs",
+    "calibrate",
+    "convert",
+    "explain",
+    "fold_batch_norm",
+    "fold_batch_norms",
+    "folded_fake_quantize",
+    "sites",
+]

@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from precision_lab.quant.numbers import QuantizerParams, quantizer_params, stack_quantizers
     from precision_lab.quant.observers import Observer, ObserverState, observer
     from precision_lab.quant.qtensor import QTensor, quantize
+    from precision_lab.quant.state import (
+        QuantizerState,
+        init_state,
+        known_scales,
+        may_be_static,
+        needs_state,
+        quantize_with_state,
+    )
 
 # The modules that import JAX, and what they export here.
 _LAZY = {
@@ -25,6 +33,7 @@ _LAZY = {
     "numbers": ("QuantizerParams", "quantizer_params", "stack_quantizers"),
     "observers": ("Observer", "ObserverState", "observer"),
     "qtensor": ("QTensor", "quantize"),
+    "state": ("QuantizerState", "init_state", "known_scales", "may_be_static", "needs_state", "quantize_with_state"),
 }
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
@@ -38,11 +47,17 @@ __all__ = [
     "QTensor",
     "Quantizer",
     "QuantizerParams",
+    "QuantizerState",
     "dorefa_gradient",
     "fake_quantize",
     "granularity",
+    "init_state",
+    "known_scales",
+    "may_be_static",
+    "needs_state",
     "observer",
     "quantize",
+    "quantize_with_state",
     "quantizer",
     "quantizer_params",
     "stack_quantizers",

@@ -76,17 +76,19 @@ class Observer:
         x = widen(x)
         finite = jnp.isfinite(x)
         seen = extent(jnp.where(finite, x, 0), tiles)
-        low, high = self._moved(state, seen)
+        low, high = self._moved(state, seen, finite, tiles)
         histogram = None if state.histogram is None else histograms.add(state.histogram, x, tiles)
         nonfinite = state.nonfinite + jnp.sum(~finite, dtype=jnp.int32)
         return ObserverState(low, high, state.updates + 1, nonfinite, histogram)
 
-    def _moved(self, state: ObserverState, seen: Range) -> tuple[jax.Array, jax.Array]:
+    def _moved(self, state: ObserverState, seen: Range, finite: Any, tiles: Tiles) -> tuple[jax.Array, jax.Array]:
         """Returns ends of the range after one more."""
         if self.quantizer.calibration != "ema":
             return jnp.minimum(state.low, seen.low), jnp.maximum(state.high, seen.high)
-        # The first array sets the average, which would else start at zero.
-        momentum = jnp.where(state.updates == 0, np.float32(1), np.float32(self.momentum))
+        # The first values but zeros set the average, which would else start at zero; a group without any leaves it.
+        empty = (state.low == 0) & (state.high == 0)
+        some = tiles.reduce(finite, lambda part, axes: jnp.any(part, axes, keepdims=True))
+        momentum = jnp.where(empty, np.float32(1), jnp.where(some, np.float32(self.momentum), np.float32(0)))
         return (
             state.low + momentum * (seen.low - state.low),
             state.high + momentum * (seen.high - state.high),
