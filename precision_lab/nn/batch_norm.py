@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen, nnx
+from flax import core, nnx
 
 from precision_lab.nn.watching import Pair, evaluated, pairs_of
 from precision_lab.quant.arithmetic import divide, multiply
@@ -75,9 +75,7 @@ def batch_norm_pairs(model: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
     Raises:
       TypeError: `model` is neither.
     """
-    found = pairs_of(model, args, kwargs)
-    exact = {name: pair for name, pair in found.items() if _is_exact(model, args, kwargs, {name: pair})}
-    return {name: pair.norm for name, pair in exact.items()}
+    return {name: pair.norm for name, pair in _exact_pairs(model, args, kwargs).items()}
 
 
 def fold_batch_norms(model: Any, *args: Any, pairs: Mapping[str, str] | None = None, **kwargs: Any) -> Any:
@@ -98,8 +96,8 @@ def fold_batch_norms(model: Any, *args: Any, pairs: Mapping[str, str] | None = N
       ValueError: no pairs, or one that is asked for and is none.
       TypeError: `model` is neither of NNX nor of Linen.
     """
-    found = pairs_of(model, args, kwargs)
-    names = batch_norm_pairs(model, *args, **kwargs)
+    found = _exact_pairs(model, args, kwargs)
+    names = {name: pair.norm for name, pair in found.items()}
     wanted = names if pairs is None else dict(pairs)
     for layer, norm in wanted.items():
         if names.get(layer) != norm:
@@ -135,6 +133,14 @@ def _unit_variance(epsilon: float) -> np.float32:
         if candidate + np.float32(epsilon) == 1:
             return candidate
     raise ValueError(f"no float32 variance becomes 1 with epsilon={epsilon} added; fold by fold_batch_norm.")
+
+
+def _exact_pairs(model: Any, args: Any, kwargs: Any) -> dict[str, Pair]:
+    """Returns the pairs that can be folded; tried together first, as most models have no others."""
+    found = pairs_of(model, args, kwargs)
+    if _is_exact(model, args, kwargs, found):
+        return found
+    return {name: pair for name, pair in found.items() if _is_exact(model, args, kwargs, {name: pair})}
 
 
 def _is_exact(model: Any, args: Any, kwargs: Any, pairs: dict[str, Pair]) -> bool:
@@ -181,7 +187,7 @@ def _with(model: Any, args: Any, pairs: dict[str, Pair], change: Any) -> Any:
                 for part, array in new.items():
                     getattr(module, part)[...] = array
         return copy
-    variables = jax.tree.map(lambda array: array, linen.unbox(args[0]) if hasattr(linen, "unbox") else args[0])
+    variables = core.unfreeze(core.unbox(args[0]))
     for name, pair in pairs.items():
         layer = _subtree(variables["params"], name)
         norm = {**_subtree(variables["params"], pair.norm), **_subtree(variables["batch_stats"], pair.norm)}
@@ -190,7 +196,7 @@ def _with(model: Any, args: Any, pairs: dict[str, Pair], change: Any) -> Any:
         for collection in ("params", "batch_stats"):
             held = _subtree(variables[collection], pair.norm)
             held.update({part: new_norm[part] for part in held})
-    return variables
+    return core.meta.replace_boxed(core.unfreeze(args[0]), variables)
 
 
 def _subtree(tree: Any, path: str) -> Any:
