@@ -65,8 +65,8 @@ def batch_norm_pairs(model: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
     """Returns the batch norms that can be folded: the path of each layer, and that of the batch norm after it.
 
     The model is called once, and watched: a pair is a batch norm over the last axis that gets the very array which a
-    linear layer or convolution returned, each of them called once. It is kept only if the model computes the same with
-    it folded, for random statistics: a layer whose output goes somewhere else too is none of a pair.
+    linear layer or convolution returned. It is kept only if the model computes the same with it folded, for random
+    statistics: a layer whose output goes somewhere else too is none of a pair.
 
     Args:
       model: an `nnx.Module`, called as in evaluation; or a `linen.Module`, called as its `apply`.
@@ -108,7 +108,7 @@ def fold_batch_norms(model: Any, *args: Any, pairs: Mapping[str, str] | None = N
     if not wanted:
         raise ValueError(
             "no batch norm can be folded: none gets what a linear layer or convolution returned, as it is, over its "
-            "last axis, both called once. Fold before apply_policy, outside jit, and by fold_batch_norm what is left."
+            "last axis. Fold before apply_policy, and by fold_batch_norm what is left."
         )
     return _with(model, args, {name: found[name] for name in wanted}, _folded)
 

@@ -74,8 +74,7 @@ def folded_fake_quantize(
     mean, var = of_batch() if frozen is False else jax.lax.cond(jnp.asarray(frozen), lambda: fixed, of_batch)
     ratio = divide(jnp.sqrt(norm.var + np.float32(epsilon)), jnp.sqrt(var + np.float32(epsilon)))
     # The layer's bias is a part of the mean that is taken away again.
-    shift_of_batch = fold_batch_norm(kernel, None, norm.scale, norm.offset, mean, var, epsilon=epsilon)[1]
-    shift = jnp.where(frozen, shift, shift_of_batch)
+    shift = fold_batch_norm(kernel, None, norm.scale, norm.offset, mean, var, epsilon=epsilon)[1]
     moved = [
         jnp.where(frozen, old, jax.lax.stop_gradient(momentum * old + (1 - momentum) * new))
         for old, new in ((norm.mean, mean + (0 if bias is None else bias)), (norm.var, var))

@@ -88,11 +88,9 @@ def _first(args: Any, kwargs: Any) -> Any:
 
 def _matched(calls: list[_Call]) -> dict[str, Pair]:
     """Returns the pairs among calls."""
-    paths = [call.path for call in calls]
-    once = [call for call in calls if paths.count(call.path) == 1]
-    layers = [call for call in once if isinstance(call.module, _LAYERS) and _ends_in_features(call.module)]
+    layers = [call for call in calls if isinstance(call.module, _LAYERS) and _ends_in_features(call.module)]
     found = {}
-    for norm in once:
+    for norm in calls:
         if not isinstance(norm.module, _NORMS) or norm.module.axis not in (-1, norm.out.ndim - 1):
             continue
         for layer in layers:

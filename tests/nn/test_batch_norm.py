@@ -114,6 +114,17 @@ def test_only_what_is_a_pair_is_found_though_fresh_batch_norms_are_identities():
     assert batch_norm_pairs(model, jnp.ones((2, 4))) == {"layers/0": "norms/0"}
 
 
+def test_a_layer_and_its_batch_norm_may_be_called_twice():
+    layer, norm = nnx.Linear(4, 4, rngs=nnx.Rngs(0)), norm_of(4)
+    model, x = nnx.Sequential(layer, norm, jax.nn.relu, layer, norm), jnp.ones((2, 4))
+
+    folded = fold_batch_norms(model, x)
+
+    model.eval()
+    np.testing.assert_allclose(folded(x), model(x), rtol=1e-5)
+    assert (folded.layers[0].kernel[...] != layer.kernel[...]).all()
+
+
 def test_what_is_no_pair_is_refused():
     model, x = Untidy(nnx.Rngs(0)), jnp.ones((2, 4))
 
@@ -141,10 +152,15 @@ def test_a_pair_that_is_asked_for_is_the_only_one():
     assert (folded.blocks.layers[0].first.kernel[...] != model.blocks.layers[0].first.kernel[...]).any()
 
 
+def biased(layer):
+    layer.bias[...] = jnp.linspace(-1, 1, layer.bias[...].size)
+    return layer
+
+
 LAYERS = {
-    "linear": lambda: (nnx.Linear(2, 8, rngs=nnx.Rngs(0)), norm_of(8)),
+    "linear": lambda: (biased(nnx.Linear(2, 8, rngs=nnx.Rngs(0))), norm_of(8)),
     "conv": lambda: (nnx.Conv(2, 8, (3, 3), use_bias=False, rngs=nnx.Rngs(0)), norm_of(8)),
-    "biased": lambda: (nnx.Conv(2, 8, (3, 3), strides=2, rngs=nnx.Rngs(0)), norm_of(8, use_scale=False)),
+    "biased": lambda: (biased(nnx.Conv(2, 8, (3, 3), strides=2, rngs=nnx.Rngs(0))), norm_of(8, use_scale=False)),
     "depthwise": lambda: (nnx.Conv(2, 8, (3, 3), feature_group_count=2, rngs=nnx.Rngs(0)), norm_of(8, use_bias=False)),
 }
 
@@ -212,8 +228,9 @@ def test_without_rounding_training_is_that_of_flax(kind):
     np.testing.assert_allclose(norm.var[...], plain_norm.var[...], rtol=1e-4)
 
 
-def test_frozen_statistics_stay_and_training_is_evaluation():
-    layer, norm = LAYERS["conv"]()
+@pytest.mark.parametrize("kind", ["conv", "biased"])
+def test_frozen_statistics_stay_and_training_is_evaluation(kind):
+    layer, norm = LAYERS[kind]()
     module = FoldedBatchNorm(layer, norm, "int4@channel", freeze=2)
     step = nnx.jit(lambda module, x: module(x))
     for size in (1, 2, 3):
