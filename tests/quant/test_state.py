@@ -34,17 +34,19 @@ def step(x, spec, state, *, train=True, **options):
     return quantize_with_state(x, spec, state, axis=0, train=train, **options)
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("spec", LEARNED + RUNNING + DYNAMIC)
-def test_values_are_those_of_fake_and_real_quantization(spec, train):
-    """In training a range has taken the array in before it is used."""
+def test_values_are_those_of_fake_and_real_quantization(spec):
+    """In training a range has taken the array in before it is used; evaluation uses it as it is."""
     _, state = step(2 * X, spec, begin(spec))
 
-    value, after = jax.jit(lambda x, state: step(x, spec, state, train=train))(X, state)
+    trained, after = jax.jit(lambda x, state: step(x, spec, state))(X, state)
+    value, same = step(X, spec, after, train=False)
 
     known = known_scales(spec, after)
     assert (known != {}) == (spec not in DYNAMIC)
-    np.testing.assert_array_equal(value, fake_quantize(X, spec, axis=0, **known))
+    np.testing.assert_array_equal(trained, fake_quantize(X, spec, axis=0, **known))
+    np.testing.assert_array_equal(value, trained)
+    jax.tree.map(np.testing.assert_array_equal, same, after)
     np.testing.assert_array_equal(value, quantize(X, spec, axis=0, **known).dequantize())
 
 
@@ -63,7 +65,7 @@ def test_lsq_starts_at_twice_the_mean_magnitude():
     np.testing.assert_allclose(scale, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 8])
 def test_the_mse_start_of_lsq_is_the_best_step(bits):
     """Of all steps tried in float64; LSQ's own start is 4.5 times as wide at 8 bits (check 38)."""
     x = RNG.normal(size=4096)
@@ -77,7 +79,7 @@ def test_the_mse_start_of_lsq_is_the_best_step(bits):
 
     assert error(start) <= 1.002 * min(error(step) for step in tried)
     paper = float(init_state(f"int{bits},lsq", jnp.asarray(x, jnp.float32)).learned["scale"][0])
-    assert paper / start > {2: 1.3, 4: 1.5, 8: 4}[bits]
+    assert paper / start > {2: 1.3, 8: 4}[bits]
 
 
 def test_lsq_plus_starts_at_three_deviations_for_weights_and_at_the_range_for_activations():
@@ -150,7 +152,7 @@ def test_running_averages_follow_their_recursion_until_frozen():
     assert (int(state.running["updates"]), int(state.running["steps"])) == (3, 4)
 
 
-@pytest.mark.parametrize("spec", ["int4,mse", "int8@channel,absmax"])
+@pytest.mark.parametrize("spec", ["int8,aciq", "int8@channel,absmax"])
 def test_running_ranges_are_those_of_an_observer(spec):
     obs = observer(spec, axis=0)
     seen, state = obs.init(X.shape), init_state(spec, X, axis=0, running=True)
@@ -161,7 +163,7 @@ def test_running_ranges_are_those_of_an_observer(spec):
     np.testing.assert_array_equal(state.running["scale"], obs.scale(seen)[0])
 
 
-@pytest.mark.parametrize("spec", LEARNED + RUNNING + DYNAMIC)
+@pytest.mark.parametrize("spec", ["int4@channel,lsq", "int8,ema", "int8,percentile99", "int4@group16"])
 def test_evaluation_moves_nothing(spec):
     _, state = step(X, spec, begin(spec))
 
@@ -213,7 +215,7 @@ def test_what_is_not_finite_is_counted_and_left_out():
     assert np.isfinite(begin("int4@channel,lsq", bad).learned["scale"]).all()
 
 
-@pytest.mark.parametrize("spec", LEARNED + RUNNING)
+@pytest.mark.parametrize("spec", ["int4@channel,lsq", "uint4,lsq+", "uint4,pact", "int8@channel,affine,ema"])
 def test_a_first_batch_of_zeros_stays_zero_and_spoils_nothing(spec):
     zeros = jnp.zeros_like(X)
     value, state = step(zeros, spec, begin(spec, zeros))
