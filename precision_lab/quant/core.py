@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from precision_lab.formats import round_to, round_to_codebook
+from precision_lab.formats import Codebook, round_to, round_to_codebook
 from precision_lab.quant import calibration, double
 from precision_lab.quant.arithmetic import divide, multiply, ordered_mean, widen
 from precision_lab.quant.numbers import QuantizerParams
 from precision_lab.quant.options import DOUBLE
 from precision_lab.quant.quantizer import Quantizer
 from precision_lab.quant.scales import WIDE, Range, power_of_two_above, rounded_scale, scale_of, usable, zero_point_of
+from precision_lab.quant.thresholds import Thresholds, thresholds
 from precision_lab.quant.tiles import Tiles
 
 
@@ -52,19 +53,23 @@ class Parts(NamedTuple):
 def quantize_parts(x: jax.Array, tiles: Tiles, given: Given, qz: Quantizer, n: QuantizerParams, key: Any) -> Parts:
     """Returns an array quantized; anything but a block format."""
     x = widen(x)
-    if not qz.is_scaled and qz.format.has_nan:
+    if not qz.is_scaled and qz.format.kind == "float" and qz.format.has_nan:
         overflow = None if qz.format.has_inf else "saturate_finite"
         return Parts(round_to(x, qz.format, rounding=qz.rounding, overflow=overflow, key=key), None)
     whole = calibration.extent(x, tiles)
     if qz.estimator == "dorefa":
         return _dorefa(x, tiles, whole, qz, n, key)
-    found, scale, doubled = _scale(x, tiles, whole, given, qz, n)
+    own = thresholds(x, tiles, qz)
+    found, scale, doubled = _scale(x, tiles, whole, given, own, qz, n)
     zero_point = given.zero_point
     if qz.has_zero_point:
         zero_point = zero_point_of(found, scale, n) if zero_point is None else jnp.float32(zero_point)
         zero_point = jnp.broadcast_to(zero_point, tiles.scale_shape)
     offset = given.offset if given.offset is None else jnp.broadcast_to(jnp.float32(given.offset), tiles.scale_shape)
-    values = grid_values(_steps(x, tiles, scale, offset), _spread(tiles, zero_point), qz, n, key)
+    steps = _steps(x, tiles, scale, offset) if own is None else _steps(x, tiles, usable(own.step, qz), own.centre)
+    # Without a scale not even a division by one, which flushes subnormals, and with them signs.
+    steps = steps if qz.is_scaled else x
+    values = grid_values(steps, _spread(tiles, zero_point), qz, n, key)
     return Parts(values, _poisoned(scale, whole), zero_point, offset, doubled)
 
 
@@ -82,18 +87,34 @@ def grid_values(v: jax.Array, zero_point: Any, qz: Quantizer, n: QuantizerParams
         within = jnp.clip(v, n.low - zero_point, n.high - zero_point)
         return round_to(within, WIDE, rounding=qz.rounding, key=key)
     if qz.format.kind == "codebook":
-        return round_to_codebook(v, qz.format)
+        return _random_level(v, qz.format, key) if key is not None else round_to_codebook(v, qz.format)
     if n.format is not None:
         return round_to(v, n.format, rounding=qz.rounding, key=key)
     return round_to(v, qz.code_format, rounding=qz.rounding, overflow="saturate", key=key)
 
 
+def _random_level(v: jax.Array, book: Codebook, key: Any) -> jax.Array:
+    """Returns one of the two levels around each element, which are equally spaced: the upper one the more probable,
+    the nearer it is; beyond the outer levels these.
+
+    Source: for two levels, Courbariaux et al., "BinaryConnect", 2015, arXiv:1511.00363, equations 2 and 3.
+    """
+    grid = book.grid()
+    low, step = np.float32(grid[0]), np.float32(grid[1] - grid[0])
+    places = jnp.clip(divide(v - low, step), 0, np.float32(len(grid) - 1))
+    return multiply(round_to(places, WIDE, rounding="stochastic", key=key), step) + low
+
+
 def _scale(
-    x: jax.Array, tiles: Tiles, whole: Range, given: Given, qz: Quantizer, n: QuantizerParams
+    x: jax.Array, tiles: Tiles, whole: Range, given: Given, own: Thresholds | None, qz: Quantizer, n: QuantizerParams
 ) -> tuple[Range, jax.Array, Any]:
     """Returns the range found, the scale to divide by, and how that is stored if it is quantized itself."""
     if given.scale is not None:
         found, scale = whole, jnp.broadcast_to(jnp.float32(given.scale), tiles.scale_shape)
+    elif not qz.is_scaled:
+        found, scale = whole, jnp.ones(tiles.scale_shape, jnp.float32)
+    elif own is not None:
+        found, scale = whole, own.scale
     elif qz.calibration in ("absmean", "lsq"):
         found, scale = whole, calibration.mean_scale(x, tiles, qz, n)
         scale = power_of_two_above(scale) if qz.scheme == "pow2" else scale

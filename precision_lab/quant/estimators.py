@@ -22,7 +22,10 @@ from precision_lab.quant.tiles import Tiles
 
 
 class Point(NamedTuple):
-    """What surrogates are made of: float32 arrays split into tiles; only x, scale and offset have gradients."""
+    """What surrogates are made of: float32 arrays split into tiles; only x, scale and offset have gradients.
+
+    `count` is the number of values that share a scale.
+    """
 
     x: Any
     v: Any
@@ -33,6 +36,7 @@ class Point(NamedTuple):
     scale: Any
     offset: Any
     strength: Any
+    count: int = 1
 
     @property
     def inside(self) -> Any:
@@ -93,6 +97,7 @@ def _point(x: jax.Array, parts: Parts, tiles: Tiles, given: Given, n: QuantizerP
         scale=scale if learned is None else learned,
         offset=0 if learned_offset is None else learned_offset,
         strength=n.strength,
+        count=tiles.per_scale,
     )
 
 
@@ -198,6 +203,24 @@ def _pact(p: Point) -> jax.Array:
     return jnp.where((p.v >= p.low) & (p.v < p.high), p.x, p.scale * jnp.clip(p.v, p.low, p.high))
 
 
+def _hard_tanh(p: Point) -> jax.Array:
+    """Returns the scale times x, clipped to [-1, 1], ends included.
+
+    Source: Courbariaux et al., "Binarized Neural Networks", 2016, arXiv:1602.02830, equation 4: the derivative of the
+      sign is 1 where |x| <= 1, whatever the sign is multiplied by.
+    """
+    return p.fixed_scale * jnp.where(jnp.abs(p.x) <= 1, p.x, jax.lax.stop_gradient(p.x))
+
+
+def _xnor(p: Point) -> jax.Array:
+    """Returns the surrogate of `_hard_tanh` plus x / n: the mean magnitude of n values moves with each of them.
+
+    Source: Rastegari et al., "XNOR-Net", 2016, arXiv:1603.05279, section 3.1:
+      1/n + alpha * 1[|w| <= 1].
+    """
+    return _hard_tanh(p) + p.x / np.float32(max(p.count, 1))
+
+
 def _dorefa(x: jax.Array) -> jax.Array:
     """Returns tanh(x) over its largest magnitude, which is what DoReFa rounds; the largest has a gradient too.
 
@@ -215,4 +238,6 @@ SURROGATES: dict[str, Callable[[Point], jax.Array]] = {
     "lsq": _lsq,
     "lsq+": _lsq_plus,
     "pact": _pact,
+    "hard_tanh": _hard_tanh,
+    "xnor": _xnor,
 }

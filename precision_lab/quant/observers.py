@@ -18,6 +18,7 @@ from precision_lab.quant.arithmetic import widen
 from precision_lab.quant.calibration import extent
 from precision_lab.quant.histograms import Histogram
 from precision_lab.quant.numbers import static_params
+from precision_lab.quant.options import OWN_THRESHOLDS
 from precision_lab.quant.parsing import quantizer
 from precision_lab.quant.quantizer import Quantizer
 from precision_lab.quant.readings import read
@@ -148,11 +149,14 @@ def observer(qz: Any, *, axis: int | tuple[int, ...] | None = None, momentum: fl
       momentum: for "ema", how far the average moves towards each array, in (0, 1].
 
     Raises:
-      ValueError: a quantizer without scales of ours, or scales quantized together, which cannot be static.
+      ValueError: a quantizer without scales of ours, or scales quantized together, which cannot be static, or
+        thresholds that are not the scale's.
     """
     qz = quantizer(qz)
     if not qz.is_scaled or qz.estimator == "dorefa" or qz.scale_format == "double":
         raise ValueError(f"{qz!r} has no static scale to observe; say 'symmetric' or another scheme, without 'double'.")
+    if qz.calibration in OWN_THRESHOLDS:
+        raise ValueError(f"{qz!r} finds its thresholds in each array, and has no static scale; say 'mse' or 'absmean'.")
     if not 0 < momentum <= 1:
         raise ValueError(f"momentum must be in (0, 1], got {momentum}.")
     return Observer(qz, axis, momentum)

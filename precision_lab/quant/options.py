@@ -23,7 +23,9 @@ CALIBRATIONS: dict[str, str] = {
     "kl": "the part with the least Kullback-Leibler divergence between histograms, on 2048 bins; for integers",
     "aciq": "the clip with the least expected error if values are Laplace distributed; for integers",
     "aciq_normal": "the same for normally distributed values",
-    "absmean": "mean magnitude is the scale itself (BitNet, XNOR-Net)",
+    "absmean": "mean magnitude is the scale itself (BitNet b1.58, XNOR-Net)",
+    "twn": "magnitudes above 0.7 of their mean are kept, and the mean of these is the scale (TWN); for ternary",
+    "centred": "mean magnitude is the scale, signs are those of values less their mean (BitNet); for binary",
     "lsq": "2 * mean magnitude / sqrt(largest value) is the scale, where LSQ starts",
     "ema": "a running average of ranges, kept by an observer; without one the range of the array itself",
 }
@@ -38,9 +40,14 @@ ESTIMATORS: dict[str, str] = {
     "lsq": "clipped; a scale that is given is learned",
     "lsq+": "as lsq; an offset that is given is learned too",
     "pact": "clipped; a scale that is given is learned from the clipped values alone",
+    "hard_tanh": "that of scale * clip(value, -1, 1), the scale held fixed (BinaryNet); for binary",
+    "xnor": "that of hard_tanh, plus 1/n through the mean magnitude of n values (XNOR-Net); for binary",
     "dorefa": "weights are 2 * q(tanh(w) / (2 max|tanh(w)|) + 1/2) - 1, with the gradient of tanh; for uintN",
 }
 STRENGTHS = {"tanh": 0.2, "ewgs": 1e-3}
+
+# Calibrations whose codes do not begin halfway between levels; see `thresholds`.
+OWN_THRESHOLDS = {"twn": "ternary", "centred": "binary"}
 
 # How scales are stored besides as float32 or another float.
 DOUBLE = "double"

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from precision_lab import formats
-from precision_lab.quant.options import DOUBLE, STRENGTHS, is_integer, is_integer_grid
+from precision_lab.quant.options import (
+    DOUBLE,
+    OWN_THRESHOLDS,
+    STRENGTHS,
+    default_calibration,
+    is_integer,
+    is_integer_grid,
+)
 
 _INTEGER_SCHEMES = ("full", "full_clipped", "affine", "signed_max")
 _INTEGER_CALIBRATIONS = ("kl", "aciq", "aciq_normal")
@@ -54,10 +63,14 @@ def _calibration(qz: Any) -> str | None:
         return f"the percentile must be in (0, 100], got {qz.percentile}"
     if not 0 < qz.clip <= 1:
         return f"clip must be in (0, 1], got {qz.clip}"
-    if not qz.is_scaled and (qz.clip != 1 or calibration not in ("absmax", "absmean")):
+    if not qz.is_scaled and (qz.clip != 1 or calibration != default_calibration(fmt)):
         return "without scales of ours there is nothing to calibrate; leave out calibration and clip"
     if calibration in _INTEGER_CALIBRATIONS and not is_integer(fmt):
         return f"calibration {calibration!r} counts integer levels; say 'mse'"
+    if calibration in OWN_THRESHOLDS and (fmt.name != OWN_THRESHOLDS[calibration] or qz.scheme != "symmetric"):
+        return f"calibration {calibration!r} is for {OWN_THRESHOLDS[calibration]!r} under scheme 'symmetric'"
+    if calibration in OWN_THRESHOLDS and (qz.clip != 1 or qz.rounding != "nearest_even"):
+        return f"calibration {calibration!r} has thresholds of its own; leave out clip and rounding"
     if calibration in ("absmean", "lsq") and qz.scheme in ("affine", "signed_max"):
         return f"calibration {calibration!r} gives a scale, which scheme {qz.scheme!r} has no use for; say 'symmetric'"
     return None
@@ -71,14 +84,22 @@ def _estimator(qz: Any) -> str | None:
         return f"the strength of 'tanh' is its alpha, in (0, 1), got {qz.strength}"
     if estimator in _INTEGER_ESTIMATORS and not is_integer_grid(fmt):
         return f"estimator {estimator!r} is for integers"
-    if estimator not in ("ste", "zero") and not qz.is_scaled:
+    if estimator in ("hard_tanh", "xnor") and fmt.name != "binary":
+        return f"estimator {estimator!r} is for 'binary'"
+    if estimator == "xnor" and (qz.calibration != "absmean" or not qz.is_scaled or qz.granularity.sizes):
+        return "'xnor' differentiates a mean magnitude; say 'binary@channel,xnor', or 'hard_tanh'"
+    if estimator not in ("ste", "zero", "hard_tanh") and not qz.is_scaled:
         return f"estimator {estimator!r} needs a scale; say 'ste' or 'zero'"
     if estimator == "lsq+" and qz.scheme not in ("symmetric", "full"):
         return "'lsq+' learns an offset instead of a zero point; its scheme is 'symmetric' or 'full'"
     if estimator == "dorefa" and (fmt.signed or qz.granularity.kind != "tensor" or qz.scheme != "symmetric"):
         return "'dorefa' maps a whole array onto unsigned integers; say 'uint4,dorefa'"
-    if qz.rounding != "nearest_even" and fmt.kind == "codebook":
-        return f"rounding {qz.rounding!r}: a codebook takes the nearest level"
+    if fmt.kind == "codebook" and qz.rounding != "nearest_even":
+        evenly_spaced = len(set(np.diff(fmt.grid()))) == 1
+        if not evenly_spaced:
+            return f"rounding {qz.rounding!r}: a codebook takes the nearest level"
+        if qz.rounding != "stochastic":
+            return f"rounding {qz.rounding!r}: a codebook takes the nearest level, or one at random by 'stochastic'"
     return None
 
 
