@@ -21,6 +21,7 @@ from precision_lab.optim.scales import DynamicLossScale, NoLossScale, StaticLoss
 from precision_lab.optim.scaling import loss_scaling
 from precision_lab.optim.state import LossScaleState
 from precision_lab.optim.stepping import commit, scale_loss, value_and_scaled_grad
+from precision_lab.optim.weight_clipping import glorot_scaling, weight_clipping
 
 __all__ = [
     "DynamicLossScale",
@@ -35,6 +36,7 @@ __all__ = [
     "current_loss_scale",
     "first_nonfinite",
     "full_precision",
+    "glorot_scaling",
     "kahan",
     "loss_scaling",
     "master_weights",
@@ -47,4 +49,5 @@ __all__ = [
     "stochastic_rounding",
     "sync",
     "value_and_scaled_grad",
+    "weight_clipping",
 ]
