@@ -26,6 +26,11 @@ def _quantized(**settings: str) -> Policy:
     return Policy(compute=_bf16, **{key: SETTINGS[key].read(value) for key, value in settings.items()})
 
 
+def _float32(**settings: str) -> Policy:
+    """Returns a policy whose products are quantized as said, and in float32 where they are not."""
+    return Policy(**{key: SETTINGS[key].read(value) for key, value in settings.items()})
+
+
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
         "float32": Preset(Policy(), "single precision throughout; changes nothing in a float32 model", "IEEE 754-2019"),
@@ -113,6 +118,36 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             _quantized(weight="nvfp4", activation="nvfp4"),
             "NVFP4 weights and activations in the forward product, straight-through gradients in bfloat16",
             "NVIDIA, 'Pretraining Large Language Models with NVFP4', 2025, arXiv:2509.25149",
+        ),
+        "binary_connect": Preset(
+            _float32(weight="binary,unscaled"),
+            "weights are their signs, without a scale; clip the real ones to [-1, 1] by `weight_clipping`",
+            "Courbariaux et al. 2015, arXiv:1511.00363, equation 1; drawn by 'weight=binary,unscaled,stochastic'",
+        ),
+        "binary_net": Preset(
+            _float32(weight="binary,unscaled", activation="binary,unscaled,hard_tanh"),
+            "weights and activations are their signs; gradients of activations stop beyond 1; clip weights as above",
+            "Courbariaux et al. 2016, arXiv:1602.02830, equations 1 and 4",
+        ),
+        "bwn": Preset(
+            _float32(weight="binary@channel,xnor"),
+            "signs of weights times the mean magnitude of each output channel",
+            "Rastegari et al. 2016, arXiv:1603.05279, section 3.1, algorithm 1",
+        ),
+        "xnor": Preset(
+            _float32(weight="binary@channel,xnor", activation="binary@token,hard_tanh"),
+            "as bwn, and signs of activations times their mean magnitude: of a row, or in convolutions of an image",
+            "Rastegari et al. 2016, arXiv:1603.05279, section 3.2; for one mean a window see `LowBitConvolution`",
+        ),
+        "twn": Preset(
+            _float32(weight="ternary,twn"),
+            "ternary weights: those above 0.7 of the mean magnitude, as the mean of these; other operands in float32",
+            "Li and Liu 2016, arXiv:1605.04711, equations 3 to 6; say ternary@channel,twn for one scale a filter",
+        ),
+        "bitnet": Preset(
+            _quantized(weight="binary,centred", activation="int8@token"),
+            "signs of weights less their mean, scaled by their mean magnitude; int8 activations",
+            "Wang et al. 2023, arXiv:2310.11453, equations 1 to 3; activations by token, as at inference there",
         ),
         "bitnet_b158": Preset(
             _quantized(weight="ternary@tensor", activation="int8@token"),

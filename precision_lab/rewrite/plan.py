@@ -211,11 +211,12 @@ class Planner:
     def _product(self, eqn: Any, sources: Origins, scope: str) -> Cast | None:
         """Names a product, asks the policy about it and records it as a site."""
         site = self._site(eqn, sources, scope)
+        if _is_full_precision(scope):
+            self.sites.append(dataclasses.replace(site, reason="full_precision region"))
+            return None
         treatment = self.policy.at(*_names(site)) if self._call is None else self._treatment_in_rule(site)
         asked = any(rule.sets("compute") and rule.matches(*_names(site)) for rule in self.policy.rules)
         reason = why_not(eqn, treatment, asked, self._default_precision)
-        if _is_full_precision(scope):
-            reason = "full_precision region"
         if reason:
             self.sites.append(dataclasses.replace(site, reason=reason))
             return None
