@@ -5,6 +5,7 @@ from precision_lab.nn.batch_norm import batch_norm_pairs, fold_batch_norm, fold_
 from precision_lab.nn.calibration import Calibrated, calibrate
 from precision_lab.nn.conversion import convert
 from precision_lab.nn.delayed import DelayedScaling
+from precision_lab.nn.ends import keep_ends
 from precision_lab.nn.fake_quant import FakeQuant, LinenFakeQuant, QuantParam, QuantStat
 from precision_lab.nn.folded import BatchNormNumbers, FoldedBatchNorm, folded_fake_quantize
 
@@ -25,5 +26,6 @@ __all__ = [
     "fold_batch_norm",
     "fold_batch_norms",
     "folded_fake_quantize",
+    "keep_ends",
     "sites",
 ]
