@@ -35,7 +35,8 @@ class LowBitDotGeneral:
         the left one. Results keep the dtype of the plain product.
 
     Raises:
-      ValueError: the policy cannot be parsed or has rules; on a call, a precision is given, which the policy sets.
+      ValueError: the policy cannot be parsed, or says what is not of one product (rules, ops, storage); on a call, a
+        precision is given, which the policy sets.
     """
 
     policy: Any
@@ -58,7 +59,7 @@ class LowBitConvolution:
     Attributes:
       policy: as of `LowBitDotGeneral`.
       window_scales: whether the result is multiplied by K, the mean magnitude of the input over each window; no
-        gradient flows through it. Then `activation` should be without a scale of its own.
+        gradient flows through it. Then `activation` has to be without a scale of its own.
 
     Source: Rastegari et al., "XNOR-Net", 2016, arXiv:1603.05279, section 3.2, equation 11, for K.
     """
@@ -68,6 +69,12 @@ class LowBitConvolution:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "policy", _of_one_product(self.policy))
+        activation = self.policy.activation
+        if self.window_scales and (activation is None or activation.is_scaled):
+            raise ValueError(
+                f"window_scales multiply signs, but activation={activation}; say "
+                "activation=binary,unscaled,hard_tanh, or window_scales=False."
+            )
 
     def __call__(
         self, lhs: jax.Array, rhs: jax.Array, window_strides: Any, padding: Any, *args: Any, **options: Any
@@ -131,6 +138,11 @@ def _of_one_product(policy: Any) -> Policy:
     policy = Policy.parse(policy)
     if policy.rules:
         raise ValueError(f"a low-bit layer is one product, so policy '{policy}' can have no rules; leave them out.")
+    if policy.ops != "products" or {policy.params.name, policy.output.name} != {"float32"}:
+        raise ValueError(
+            f"policy '{policy}' says how parameters, outputs or other operations are, which is not up to a product; "
+            "leave out params=, output= and ops=, and give the layer dtype= and param_dtype=."
+        )
     return policy
 
 

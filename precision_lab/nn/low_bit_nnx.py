@@ -91,7 +91,7 @@ class XnorConv(nnx.Conv):
       in_features, out_features, kernel_size: as of `nnx.Conv`; without groups.
       window_scales: whether there is a scale for each window, K in the paper; else signs of the input have none,
         as in the authors' code.
-      policy: formats of the two operands; the input's should have no scale.
+      policy: formats of the two operands; with window scales the input's has none.
       rngs: as of `nnx.Conv`.
       options: other arguments of `nnx.Conv`, but for `conv_general_dilated` and `precision`.
 
@@ -116,7 +116,7 @@ class XnorConv(nnx.Conv):
 class XnorBlock(nnx.Module):
     """Batch normalisation, sign, convolution, maximum over windows: the order in which XNOR-Net trains.
 
-    After the pooling of signs most of them would be +1, and before a normalisation the signs of what ReLU left all are.
+    Pooling signs makes most of them +1, and the signs of what ReLU has left are all +1; so either comes afterwards.
 
     Args:
       in_features, out_features, kernel_size, options: as of `XnorConv`.

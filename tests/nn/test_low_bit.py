@@ -294,18 +294,20 @@ def test_layers_of_one_policy_share_a_program_and_can_be_pickled():
 
 def test_layers_run_under_strict_dtype_promotion_and_in_16_bits():
     with jax.numpy_dtype_promotion("strict"):
-        for make in (low_bit_nnx.BitLinear, low_bit_nnx.XnorLinear):
-            layer = make(8, 5, dtype=jnp.bfloat16, rngs=rngs())
-            out, *grads = run_in(layer, X)
-            assert out.dtype == jnp.bfloat16
-            assert all(np.isfinite(np.asarray(g, np.float32)).all() for g in grads)
+        layer = low_bit_nnx.BitLinear(8, 5, dtype=jnp.bfloat16, rngs=rngs())
         conv = low_bit_nnx.XnorConv(5, 3, (3, 3), dtype=jnp.bfloat16, rngs=rngs())
-        assert conv(IMAGES).dtype == jnp.bfloat16
+
+        for model, x in ((layer, X), (conv, IMAGES)):
+            gradient, out = jax.jit(jax.grad(lambda x: total(x, model), has_aux=True))(x)  # noqa: B023
+
+            assert out.dtype == jnp.bfloat16
+            assert np.isfinite(gradient).all()
 
 
-def run_in(model, x):
-    """Returns output and the gradient of the input, in the output's dtype."""
-    return jax.jit(model)(x), jax.jit(jax.grad(lambda x: model(x).astype(jnp.float32).sum()))(x)
+def total(x, model):
+    """Returns the sum of a model's output, and the output."""
+    out = model(x)
+    return out.astype(jnp.float32).sum(), out
 
 
 @pytest.mark.parametrize(
@@ -316,6 +318,12 @@ def run_in(model, x):
             "its policy says what is multiplied",
         ),
         (lambda: low_bit_nnx.LowBitLinear(8, 5, policy="twn;a/**:weight=none", rngs=rngs()), "can have no rules"),
+        (
+            lambda: low_bit_nnx.LowBitLinear(8, 5, policy="bfloat16_pure", rngs=rngs()),
+            "leave out params=, output= and ops=",
+        ),
+        (lambda: low_bit_linen.LowBitDense(5, policy="w8a8,ops=autocast"), "leave out params=, output= and ops="),
+        (lambda: low_bit_nnx.XnorConv(5, 3, (3, 3), policy="xnor", rngs=rngs()), "or window_scales=False"),
         (lambda: low_bit_nnx.LowBitLinear(8, 5, policy="xnorr", rngs=rngs()), "did you mean 'xnor'"),
         (
             lambda: low_bit_nnx.XnorConv(5, 5, (3, 3), feature_group_count=5, rngs=rngs())(IMAGES),

@@ -237,9 +237,11 @@ def test_every_preset_trains_a_layer_forward_and_backward(name):
     out, dw, dx = jax.jit(lambda w, x: value_and_grads(under(dense, name), w, x))(w, x)
 
     exact = value_and_grads(dense, w, x)
+    # On normal numbers b1.58 has a relative error of 0.51. Signs: scaled 0.60, bare ones 0.64, products of two bare
+    # ones sqrt(2 - 4 / pi) = 0.85, and 0.77 where gradients stop beyond 1.
+    limit = 0.95 if PRESETS[name].policy.weight.format.name == "binary" else 0.6
     for ours, theirs in zip((out, dw, dx), exact, strict=True):
-        # Ternary weights are the coarsest: a relative error of 0.51 on normal numbers.
-        assert np.linalg.norm(ours - theirs) < 0.6 * np.linalg.norm(theirs)
+        assert np.linalg.norm(ours - theirs) < limit * np.linalg.norm(theirs)
         assert bool(jnp.all(jnp.isfinite(ours)))
 
 
