@@ -79,8 +79,8 @@ class Casting:
 
     def cast(self, x: jax.Array, fmt: Format) -> jax.Array:
         """Returns `x` in a format: in its dtype where that is multiplied, else on its grid in float32."""
-        if fmt.name == "float64":
-            return x.astype(jnp.float64)
+        if fmt.name in ("float32", "float64"):
+            return x.astype(fmt.dtype)
         if not self.native or fmt.dtype is None:
             return round_to(x.astype(jnp.float32), fmt)
         return (round_to(x, fmt) if fmt.bits < 16 else x).astype(fmt.dtype)
