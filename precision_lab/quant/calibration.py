@@ -38,6 +38,16 @@ def extent(x: jax.Array, tiles: Tiles) -> Range:
     return tiles.reduce(x, of)
 
 
+def magnitude(x: jax.Array, tiles: Tiles) -> Range:
+    """Returns the largest magnitude that shares a scale, and its negative: half the work of `extent`; NaN likewise."""
+
+    def of(part: jax.Array, axes: tuple[int, ...]) -> Range:
+        amax = jnp.max(jnp.abs(part), axes, keepdims=True, initial=0)
+        return Range(-amax, amax)
+
+    return tiles.reduce(x, of)
+
+
 def find_range(x: jax.Array, tiles: Tiles, whole: Range, qz: Quantizer, n: QuantizerParams, error: Error) -> Range:
     """Returns the range that the quantizer's calibration finds, within `whole`, the extent of the data.
 

@@ -19,7 +19,16 @@ from precision_lab.quant.arithmetic import divide, multiply, ordered_mean, widen
 from precision_lab.quant.numbers import QuantizerParams
 from precision_lab.quant.options import DOUBLE
 from precision_lab.quant.quantizer import Quantizer
-from precision_lab.quant.scales import WIDE, Range, power_of_two_above, rounded_scale, scale_of, usable, zero_point_of
+from precision_lab.quant.scales import (
+    SIDED,
+    WIDE,
+    Range,
+    power_of_two_above,
+    rounded_scale,
+    scale_of,
+    usable,
+    zero_point_of,
+)
 from precision_lab.quant.thresholds import Thresholds, thresholds
 from precision_lab.quant.tiles import Tiles
 
@@ -56,7 +65,7 @@ def quantize_parts(x: jax.Array, tiles: Tiles, given: Given, qz: Quantizer, n: Q
     if not qz.is_scaled and qz.format.kind == "float" and qz.format.has_nan:
         overflow = None if qz.format.has_inf else "saturate_finite"
         return Parts(round_to(x, qz.format, rounding=qz.rounding, overflow=overflow, key=key), None)
-    whole = calibration.extent(x, tiles)
+    whole = (calibration.extent if qz.scheme in SIDED else calibration.magnitude)(x, tiles)
     if qz.estimator == "dorefa":
         return _dorefa(x, tiles, whole, qz, n, key)
     own = thresholds(x, tiles, qz)
@@ -70,7 +79,8 @@ def quantize_parts(x: jax.Array, tiles: Tiles, given: Given, qz: Quantizer, n: Q
     # Without a scale not even a division by one, which flushes subnormals, and with them signs.
     steps = steps if qz.is_scaled else x
     values = grid_values(steps, _spread(tiles, zero_point), qz, n, key)
-    return Parts(values, _poisoned(scale, whole), zero_point, offset, doubled)
+    scale = scale if _follows(qz, given) else _poisoned(scale, whole)
+    return Parts(values, scale, zero_point, offset, doubled)
 
 
 def products(parts: Parts, tiles: Tiles) -> jax.Array:
@@ -155,6 +165,15 @@ def _steps(x: jax.Array, tiles: Tiles, scale: jax.Array, offset: Any) -> jax.Arr
 def _spread(tiles: Tiles, zero_point: Any) -> Any:
     """Returns zero points with the rank of tiles, None if there are none."""
     return None if zero_point is None else tiles.spread(zero_point)
+
+
+def _follows(qz: Quantizer, given: Given) -> bool:
+    """Returns whether a scale is NaN wherever the largest magnitude is not finite, being a multiple of it.
+
+    A second look at every group would be repeated at every element, because XLA puts both in one loop.
+    """
+    plain = qz.is_scaled and qz.scheme not in SIDED and qz.calibration in ("absmax", "ema")
+    return plain and qz.scale_format == "float32" and given.scale is None
 
 
 def _poisoned(scale: jax.Array, whole: Range) -> jax.Array:

@@ -20,6 +20,8 @@ from precision_lab.quant.quantizer import Quantizer
 
 # Holds the sum of any two codes of at most 16 bits.
 WIDE = Format("int18:narrow", "int", 0, 17, -16, "narrow")
+# Schemes whose scale depends on the smallest and the largest value, not on the largest magnitude alone.
+SIDED = ("full", "affine", "signed_max")
 _FLOAT32_MAX = np.float32(np.finfo(np.float32).max)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from precision_lab.quant import fake_quantize, quantize, quantizer
+from tests.jaxprs import equations
 
 SPECS = ["int8@channel", "int4@channel,affine", "int8@channel,full", "int4@channel,signed_max", "int4@channel,pow2"]
 SPECS += [
@@ -70,6 +71,16 @@ def test_a_nan_or_infinity_is_seen_in_its_channel_and_in_no_other(spec, bad):
 
     np.testing.assert_array_equal(np.isnan(fake), np.arange(4)[None] == np.full((6, 1), 1))
     np.testing.assert_array_equal(fake, quantize(x, spec, axis=0).dequantize())
+
+
+@pytest.mark.parametrize(
+    ("spec", "looks"), [("int8@channel", 1), ("float8_e4m3fn", 1), ("nf4", 1), ("int8,full", 2), ("int8,affine", 2)]
+)
+def test_an_array_is_looked_through_as_often_as_its_scheme_needs(spec, looks):
+    """Once for the largest magnitude, twice for the smallest and the largest value."""
+    jaxpr = jax.make_jaxpr(lambda x: fake_quantize(x, spec, axis=0))(jnp.ones((64, 4)))
+
+    assert sum(eqn.primitive.name.startswith("reduce_m") for eqn in equations(jaxpr)) == looks
 
 
 def test_a_nan_under_a_given_scale_is_seen_too():
