@@ -69,16 +69,16 @@ def arms(problem: Problem) -> dict[str, Callable[[], Arm]]:
     """Returns all arms by name, each to be made when it is its turn."""
 
     def under(policy: str) -> Callable[[], Arm]:
-        return lambda: _train(problem, model=lambda model: apply_policy(model, policy))
+        return lambda: training(problem, model=lambda model: apply_policy(model, policy))
 
     def watched(when: Callable[..., Any] | None = None, looks: bool = True) -> Callable[[], Arm]:
         return lambda: _observed(under("float32")(), when, looks)
 
     return {
-        "float32": lambda: _train(problem),
+        "float32": lambda: training(problem),
         **{f"policy {name}": under(name) for name in ("float32", "bfloat16_mixed", "bfloat16_autocast")},
         "jmp bfloat16": lambda: _with_jmp(problem),
-        "Flax dtype=bfloat16": lambda: _train(problem, model=lambda model: _with_dtype(model, (nnx.Module,))),
+        "Flax dtype=bfloat16": lambda: training(problem, model=lambda model: _with_dtype(model, (nnx.Module,))),
         "loss scaling + master weights": lambda: _with_masters(problem),
         "observed every step": watched(),
         "observed when=, looking": watched(lambda _, batch: batch["look"]),
@@ -89,7 +89,7 @@ def arms(problem: Problem) -> dict[str, Callable[[], Arm]]:
     }
 
 
-def _train(
+def training(
     problem: Problem,
     *,
     model: Change = lambda model: model,
@@ -129,7 +129,32 @@ def _train(
 
     params, rest = _fresh(problem)
     opt_state = tx.init(params)
-    return Arm(step, State(store(params), rest, opt_state), _batch(problem))
+    return Arm(step, State(store(params), rest, opt_state), batch_of(problem))
+
+
+def call_of(arm: Arm) -> Callable[[], Any]:
+    """Returns the call of a compiled step, which goes on from its last state and returns its loss."""
+    compiled = jax.jit(arm.step, donate_argnums=0).lower(arm.state, arm.batch).compile()
+    state = arm.state
+
+    def call() -> Any:
+        nonlocal state
+        state, loss, _ = jax.block_until_ready(compiled(state, arm.batch))
+        return loss
+
+    return call
+
+
+def traced_anew(arm: Arm) -> Any:
+    """Returns a step traced as in a process that has traced nothing yet."""
+    jax.clear_caches()
+    return jax.jit(arm.step, donate_argnums=0).trace(arm.state, arm.batch)
+
+
+def compiled_anew(traced: Any) -> Any:
+    """Returns a traced step compiled, as if for the first time: JAX keeps what it has lowered and compiled."""
+    jax.clear_caches()
+    return traced.lower().compile()
 
 
 def _with_jmp(problem: Problem) -> Arm:
@@ -142,7 +167,7 @@ def _with_jmp(problem: Problem) -> Arm:
 
     policy = jmp.get_policy("params=float32,compute=bfloat16,output=float32")
     deaf = (nnx.Embed, nnx.BatchNorm)
-    return _train(problem, model=lambda model: _with_dtype(model, deaf), enter=policy.cast_to_compute)
+    return training(problem, model=lambda model: _with_dtype(model, deaf), enter=policy.cast_to_compute)
 
 
 def _with_masters(problem: Problem) -> Arm:
@@ -152,7 +177,7 @@ def _with_masters(problem: Problem) -> Arm:
         params, inputs = given
         return jax.tree.map(lambda p: p.astype(jnp.float32), params), inputs
 
-    return _train(problem, enter=widen, store=lambda params: _cast(params, jnp.bfloat16), tx=_masters(), scaled=True)
+    return training(problem, enter=widen, store=lambda params: _cast(params, jnp.bfloat16), tx=_masters(), scaled=True)
 
 
 def _masters() -> optax.GradientTransformation:
@@ -208,7 +233,7 @@ def _taken_apart(model: Any) -> tuple[Any, Any]:
     return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
 
 
-def _batch(problem: Problem) -> dict[str, jax.Array]:
+def batch_of(problem: Problem) -> dict[str, jax.Array]:
     """Returns one batch, always the same."""
     rng, shape = np.random.default_rng(0), (problem.batch, *problem.spec.input_shape)
     text = problem.spec.task == "language_model"

@@ -7,13 +7,12 @@ bfloat16 are shown everywhere and judged only where the processor has them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
-
-import jax
+from typing import Any
 
 from precision_lab.bench import report
-from precision_lab.bench.arms import PROBLEMS, SMALL, Arm, Problem, arms
+from precision_lab.bench.arms import PROBLEMS, SMALL, Problem, arms, call_of, compiled_anew, traced_anew
 from precision_lab.bench.interleaved import Timing, environment, time_alternating, time_interleaved
+from precision_lab.bench.targets import Target, judged
 
 PACKAGES = ("jax", "jaxlib", "numpy", "flax", "optax", "jmp")
 UNIT = "ratio"
@@ -34,15 +33,7 @@ MIXED, PEERS = "policy bfloat16_mixed", ("jmp bfloat16", "Flax dtype=bfloat16")
 _COMPILE_ROUNDS, _PREPARATIONS = 3, 2
 
 
-class Target(NamedTuple):
-    """The largest ratio that we allow ourselves, the models that it is for, and what it supposes beside a CPU."""
-
-    ratio: float
-    models: tuple[str, ...] = tuple(PROBLEMS)
-    needs: str = ""
-
-
-_FASTER = Target(0.45, ("transformer",), "AMX")
+_FASTER = Target(0.45, "AMX")
 TARGETS = {
     ("policy float32", "float32"): Target(1.02),
     (MIXED, "float32"): _FASTER,
@@ -53,6 +44,8 @@ TARGETS = {
     (TRACE, "tracing float32"): Target(2.0),
     (COMPILE, "compiling float32"): Target(1.4),
 }
+
+_FOR_TRANSFORMERS = {target for target in TARGETS if target[0] == MIXED}
 
 Tell = Callable[[str, int], None]
 
@@ -144,7 +137,7 @@ def _rows_of(
     calls = {}
     for arm, make in arms(problem).items():
         tell(f"compiling {arm}", 0)
-        calls[arm] = _call(make())
+        calls[arm] = call_of(make())
         tell(f"compiled {arm}", 1)
     found: dict[tuple[str, str], Timing] = {}
     for against, others in GROUPS.items():
@@ -177,39 +170,17 @@ def _computed(found: Mapping[tuple[str, str], Timing]) -> dict[tuple[str, str], 
 
 def _target(what: str, against: str, model: str, env: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the target of a row, and what of it this machine lacks, as arguments of a row."""
-    target = TARGETS.get((what, against))
-    if target is None or model not in target.models:
-        return {"target": None}
-    if env["platform"] != "cpu":
-        return {"target": target.ratio, "needs": "a CPU"}
-    lacking = target.needs == "AMX" and "amx_bf16" not in env["bfloat16_units"]
-    return {"target": target.ratio, "needs": target.needs if lacking else ""}
-
-
-def _call(arm: Arm) -> Callable[[], Any]:
-    """Returns the call of a compiled step, which goes on from its last state and returns its loss."""
-    compiled = jax.jit(arm.step, donate_argnums=0).lower(arm.state, arm.batch).compile()
-    state = arm.state
-
-    def call() -> Any:
-        nonlocal state
-        state, loss, _ = jax.block_until_ready(compiled(state, arm.batch))
-        return loss
-
-    return call
+    applies = model == "transformer" or (what, against) not in _FOR_TRANSFORMERS
+    return judged(TARGETS.get((what, against)) if applies else None, env)
 
 
 def _preparations(problem: Problem, tell: Tell) -> dict[tuple[str, str], Timing]:
     """Returns what tracing and compiling under the policy float32 takes, against the step without a policy."""
     pair = [arms(problem)[name]() for name in ("float32", "policy float32")]
 
-    def traced(arm: Arm) -> Any:
-        jax.clear_caches()  # as in a process that has traced nothing yet
-        return jax.jit(arm.step, donate_argnums=0).trace(arm.state, arm.batch)
-
-    steps = [traced(arm) for arm in pair]
-    tracing = time_alternating(TRACE, *(lambda arm=arm: traced(arm) for arm in pair), rounds=_COMPILE_ROUNDS)
+    steps = [traced_anew(arm) for arm in pair]
+    tracing = time_alternating(TRACE, *(lambda arm=arm: traced_anew(arm) for arm in pair), rounds=_COMPILE_ROUNDS)
     tell("compiling", 1)
-    compiling = time_alternating(COMPILE, *(lambda s=s: s.lower().compile() for s in steps), rounds=_COMPILE_ROUNDS)
+    compiling = time_alternating(COMPILE, *(lambda s=s: compiled_anew(s) for s in steps), rounds=_COMPILE_ROUNDS)
     tell("compiled", 1)
     return {(TRACE, "tracing float32"): tracing, (COMPILE, "compiling float32"): compiling}

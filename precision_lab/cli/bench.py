@@ -20,6 +20,7 @@ def register(app: typer.Typer) -> None:
     bench = typer.Typer(help="Time the project's kernels and training steps beside their peers.", no_args_is_help=True)
     bench.command("formats")(bench_formats_command)
     bench.command("mixed")(bench_mixed_command)
+    bench.command("quant")(bench_quant_command)
     app.add_typer(bench, name="bench")
 
 
@@ -46,6 +47,23 @@ def bench_mixed_command(
 ) -> None:
     """Time training steps under policies against float32, jmp and Flax's dtype=, and what a policy costs."""
     from precision_lab.bench import mixed as benchmark
+
+    with _Bar(benchmark.work(model, rounds)) as bar:
+        result = benchmark.run(model=model, rounds=rounds, small=small, tell=bar.tell)
+    _present(benchmark, result, write, as_json=as_json)
+
+
+def bench_quant_command(
+    model: Annotated[str, typer.Option(help="mlp, transformer or both.")] = "both",
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds to take medians of.", min=3)] = 10,
+    small: Annotated[
+        bool, typer.Option("--small", help="Tiny models, to try the command; ratios say nothing.")
+    ] = False,
+    write: Annotated[Path | None, typer.Option(help="Directory to write a JSON and a Markdown file to.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Time quantized training steps and inference against float32, with Qwix and AQT where they are installed."""
+    from precision_lab.bench import quant as benchmark
 
     with _Bar(benchmark.work(model, rounds)) as bar:
         result = benchmark.run(model=model, rounds=rounds, small=small, tell=bar.tell)

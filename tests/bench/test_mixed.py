@@ -37,7 +37,7 @@ def result():
 def instant(monkeypatch):
     """Leaves of the benchmark all but compiling and training."""
     timing = Timing("tracing policy float32", median_s=1.0, ratio=1.5, low=1.4, high=1.6)
-    monkeypatch.setattr(mixed, "_call", lambda arm: lambda: time.sleep(1e-4))
+    monkeypatch.setattr(mixed, "call_of", lambda arm: lambda: time.sleep(1e-4))
     monkeypatch.setattr(mixed, "arms", lambda problem: {name: lambda: None for name in arms(problem)})
     prepared = {(timing.name, "tracing float32"): timing}
     monkeypatch.setattr(mixed, "_preparations", lambda problem, tell: tell("", 2) or prepared)
