@@ -8,6 +8,7 @@ from precision_lab.nn.delayed import DelayedScaling
 from precision_lab.nn.ends import keep_ends
 from precision_lab.nn.fake_quant import FakeQuant, LinenFakeQuant, QuantParam, QuantStat
 from precision_lab.nn.folded import BatchNormNumbers, FoldedBatchNorm, folded_fake_quantize
+from precision_lab.nn.lora import add_lora, merge_lora
 
 __all__ = [
     "BatchNormNumbers",
@@ -18,6 +19,7 @@ __all__ = [
     "LinenFakeQuant",
     "QuantParam",
     "QuantStat",
+    "add_lora",
     "apply_policy",
     "batch_norm_pairs",
     "calibrate",
@@ -27,5 +29,6 @@ __all__ = [
     "fold_batch_norms",
     "folded_fake_quantize",
     "keep_ends",
+    "merge_lora",
     "sites",
 ]

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 
+from precision_lab.nn.carried import Scales, given_scales
 from precision_lab.nn.pure import PureCall, pure_call
-from precision_lab.nn.scales import Scales, given_scales
 from precision_lab.policy import Policy
 from precision_lab.policy.deriving import for_inference, with_static_scales, without_quantizers
 from precision_lab.quant import Observer, ObserverState, observer

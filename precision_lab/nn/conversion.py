@@ -18,15 +18,15 @@ import numpy as np
 from flax import linen, nnx
 
 from precision_lab.nn.calibration import Calibrated, arguments
+from precision_lab.nn.carried import SCALES, Scales, given_scales
 from precision_lab.nn.linen_policy import linen_under_policy
 from precision_lab.nn.nnx_policy import nnx_with_stored
 from precision_lab.nn.pure import pure_call
-from precision_lab.nn.scales import SCALES, Scales, given_scales
 from precision_lab.policy import Policy
 from precision_lab.policy.deriving import for_inference
 from precision_lab.ptq import round_to_nearest
 from precision_lab.quant import QTensor
-from precision_lab.rewrite import Use, Uses, call
+from precision_lab.rewrite import Use, Uses, call, is_qtensor
 
 Method = Callable[[jax.Array, Any, tuple[int, ...]], tuple[QTensor, Any]]
 
@@ -68,7 +68,8 @@ def convert(
     """
     calibrated = _calibrated(target, policy, params, args, kwargs)
     target, policy = calibrated.target, calibrated.policy
-    own, ways = storage_of(target, policy, calibrated.params, *calibrated.call)
+    own, uses = uses_of(target, policy, calibrated.params, *calibrated.call)
+    ways = _ways(own, uses)
     stored = _stored(own, ways, method)
     if not stored and not calibrated.scales:
         why = "".join(f" '{path}' cannot be stored: {how.why_not}." for path, how in ways.items())
@@ -79,8 +80,8 @@ def convert(
     return _assembled(target, policy, calibrated, stored)
 
 
-def storage_of(target: Any, policy: Policy, params: Any, args: Any, kwargs: Any) -> tuple[Any, dict[str, How]]:
-    """Returns the params of a call, and for each one that a policy quantizes somewhere how it can be stored."""
+def uses_of(target: Any, policy: Policy, params: Any, args: Any, kwargs: Any) -> tuple[Any, dict[str, list[Use]]]:
+    """Returns the params of a call, and how each of them is used under a policy; nothing is executed."""
     uses, found = Uses(), []
 
     def run(arrays: list[Any]) -> Any:
@@ -91,14 +92,19 @@ def storage_of(target: Any, policy: Policy, params: Any, args: Any, kwargs: Any)
 
     arrays, together = _apart((args, kwargs))
     jax.eval_shape(run, arrays)
-    shapes = {_path(path): np.shape(leaf) for path, leaf in jax.tree.leaves_with_path(found[0])}
-    quantized = {path: found for path, found in uses.by_path.items() if any(use.quantizer for use in found)}
-    return found[0], {path: _how(found, shapes[path]) for path, found in quantized.items()}
+    return found[0], uses.by_path
+
+
+def _ways(params: Any, uses: Mapping[str, list[Use]]) -> dict[str, How]:
+    """Returns how each parameter that the policy quantizes somewhere can be stored."""
+    shapes = {path: np.shape(leaf) for path, leaf in named(params).items() if not is_qtensor(leaf)}
+    quantized = {path: found for path, found in uses.items() if any(use.quantizer for use in found)}
+    return {path: _how(found, shapes[path]) for path, found in quantized.items() if path in shapes}
 
 
 def _how(uses: list[Use], shape: tuple[int, ...]) -> How:
     """Returns how a parameter with these uses can be stored."""
-    ways = {use._replace(site="") for use in uses}
+    ways = {use._replace(site="", order=(), is_matrix=False) for use in uses}
     if len(ways) > 1:
         quantizers = dict.fromkeys(
             "as it is" if use.quantizer is None else f"{use.quantizer}, axes {use.axes}" for use in uses
@@ -125,7 +131,7 @@ def _run_length(quantizer: Any) -> Any:
 
 def _stored(params: Any, ways: Mapping[str, How], method: Method) -> dict[str, QTensor]:
     """Returns the parameters that can be stored, quantized, by path."""
-    leaves = {_path(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    leaves = named(params)
     return {path: _quantized(leaves[path], how.use, method) for path, how in ways.items() if how.use is not None}
 
 
@@ -163,19 +169,24 @@ def _assembled(target: Any, policy: Policy, calibrated: Calibrated, stored: dict
         return nnx_with_stored(target, policy, stored, scales)
     if isinstance(target, linen.Module):
         variables = dict(calibrated.params)
-        packed = {**variables, "params": _replaced(policy.cast_to_param(variables["params"]), stored)}
+        packed = {**variables, "params": replaced(policy.cast_to_param(variables["params"]), stored)}
         return linen_under_policy(target, policy), packed | ({SCALES: scales} if scales else {})
     given = given_scales(scales)
 
     def converted(params: Any, /, *args: Any, **kwargs: Any) -> Any:
         return policy.cast_to_output(call(target, policy, params, args, kwargs, given=given))
 
-    return converted, _replaced(calibrated.params, stored)
+    return converted, replaced(calibrated.params, stored)
 
 
-def _replaced(params: Any, stored: Mapping[str, QTensor]) -> Any:
+def replaced(params: Any, stored: Mapping[str, Any]) -> Any:
     """Returns a tree with some of its leaves replaced."""
-    return jax.tree.map_with_path(lambda path, leaf: stored.get(_path(path), leaf), params)
+    return jax.tree.map_with_path(lambda path, leaf: stored.get(_path(path), leaf), params, is_leaf=is_qtensor)
+
+
+def named(params: Any) -> dict[str, Any]:
+    """Returns the leaves of params by path, QTensors as leaves."""
+    return {_path(path): leaf for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_qtensor)}
 
 
 def _apart(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:

@@ -13,7 +13,7 @@ from typing import Any
 from flax import linen
 from flax.core import Scope
 
-from precision_lab.nn.scales import SCALES, given_scales
+from precision_lab.nn.carried import LORA, LORA_FACTOR, SCALES, adapters_of, given_scales
 from precision_lab.policy import Policy
 from precision_lab.rewrite import SiteTable, call, sites_of_function
 
@@ -73,8 +73,8 @@ def _class_under_policy(plain: Any, policy: Policy) -> type:
     def apply(self: Any, variables: Any, *args: Any, **kwargs: Any) -> Any:
         params, rest = _split(variables)
         types: dict[str, str] = {}
-        given = given_scales(rest.pop(SCALES, {}))
-        options = {"root": plain.__name__, "types": types, "every_rule": kwargs.get("method") is None, "given": given}
+        options = {"root": plain.__name__, "types": types, "every_rule": kwargs.get("method") is None}
+        options |= _taken(rest)
         out = call(_apply(self, types), policy, params, [rest, args, kwargs], {}, **options)
         if kwargs.get("mutable") or kwargs.get("capture_intermediates"):
             return policy.cast_to_output(out[0]), out[1]
@@ -114,6 +114,13 @@ def _class_under_policy(plain: Any, policy: Policy) -> type:
         setattr(cls, name, functools.wraps(getattr(plain, name))(method))
     cls._plain_class, cls.precision_policy = plain, policy  # pyright: ignore[reportAttributeAccessIssue]
     return cls
+
+
+def _taken(collections: dict[str, Any]) -> dict[str, Any]:
+    """Takes out of a model's collections what it carries for the rewrite: static scales, adapters."""
+    scales, pairs, factor = (collections.pop(name, None) for name in (SCALES, LORA, LORA_FACTOR))
+    carried: dict[str, Any] = {} if scales is None else {"given": given_scales(scales)}
+    return carried if pairs is None or factor is None else carried | {"adapters": adapters_of(pairs, factor["value"])}
 
 
 def _unpickled(module: Any, policy: str) -> Any:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
-from precision_lab.nn.scales import SCALES, given_scales
+from precision_lab.nn.carried import LORA, LORA_FACTOR, SCALES, adapters_of, given_scales
 from precision_lab.policy import Policy
 from precision_lab.rewrite import SiteTable, call, sites_of_function
 
@@ -47,18 +47,29 @@ def nnx_with_stored(model: nnx.Module, policy: Policy, stored: dict[str, Any], s
       scales: static scales by site and operand, or nothing.
     """
     copy = nnx_under_policy(model, policy)
-    for path, variable in nnx.to_flat_state(nnx.state(copy, nnx.Param)):
-        if (name := "/".join(map(str, path))) in stored:
-            nnx.update(copy, nnx.from_flat_state([(path, variable.replace(stored[name]))]))
+    replace_params(copy, stored)
     if scales:
         setattr(copy, SCALES, QuantizationScales(scales))
     return copy
 
 
-def _scales(model: Any) -> Any:
-    """Returns the static scales of a converted model, as the rewrite takes them; None of any other."""
-    variable = getattr(model, SCALES, None)
-    return None if variable is None else given_scales(variable.get_raw_value())
+def replace_params(model: nnx.Module, new: Mapping[str, Any]) -> None:
+    """Puts arrays or QTensors in the place of those that `Param`s hold, by path, in place."""
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        if (name := "/".join(map(str, path))) in new:
+            nnx.update(model, nnx.from_flat_state([(path, variable.replace(new[name]))]))
+
+
+def carried_by(model: nnx.Module) -> dict[str, Any]:
+    """Returns what a model carries for the rewrite: static scales, adapters."""
+    scales, pairs, factor = (getattr(model, name, None) for name in (SCALES, LORA, LORA_FACTOR))
+    carried: dict[str, Any] = {}
+    if scales is not None:
+        carried["given"] = given_scales(scales.get_raw_value())
+    if pairs is not None and factor is not None:
+        arrays = {path: {key: one.get_raw_value() for key, one in pair.items()} for path, pair in pairs.items()}
+        carried["adapters"] = adapters_of(arrays, factor.get_raw_value())
+    return carried
 
 
 def _refuse_policies_inside(model: nnx.Module) -> None:
@@ -172,7 +183,7 @@ def _class_under_policy(plain: type, policy: Policy) -> type:
         @functools.wraps(getattr(plain, name))
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
             pure = _pure(plain, name, self, args, kwargs)
-            options = {"types": _types(self), "every_rule": name == "__call__", "given": _scales(self)}
+            options = {"types": _types(self), "every_rule": name == "__call__", **carried_by(self)}
             try:
                 out, changed, moved = call(pure.fn, policy, pure.params, [pure.rest], {}, **options)
             except _HandsOutAPartError:

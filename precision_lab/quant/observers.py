@@ -86,9 +86,12 @@ class Observer:
         """Returns ends of the range after one more."""
         if self.quantizer.calibration != "ema":
             return jnp.minimum(state.low, seen.low), jnp.maximum(state.high, seen.high)
+        return self._averaged(state, seen, tiles.reduce(finite, lambda part, axes: jnp.any(part, axes, keepdims=True)))
+
+    def _averaged(self, state: ObserverState, seen: Range, some: Any) -> tuple[jax.Array, jax.Array]:
+        """Returns ends of the running average after one more; `some` says where there were finite values."""
         # The first values but zeros set the average, which would else start at zero; a group without any leaves it.
         empty = (state.low == 0) & (state.high == 0)
-        some = tiles.reduce(finite, lambda part, axes: jnp.any(part, axes, keepdims=True))
         momentum = jnp.where(empty, np.float32(1), jnp.where(some, np.float32(self.momentum), np.float32(0)))
         return (
             state.low + momentum * (seen.low - state.low),
@@ -114,7 +117,8 @@ class Observer:
         merged = self.merge(state, batch)
         if self.quantizer.calibration != "ema":
             return merged
-        low, high = self._moved(state, Range(batch.low, batch.high))
+        some = (batch.low != 0) | (batch.high != 0) | (batch.nonfinite == 0)
+        low, high = self._averaged(state, Range(batch.low, batch.high), some)
         return merged._replace(low=low, high=high)
 
     @partial(jax.jit, static_argnums=0)

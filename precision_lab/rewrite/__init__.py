@@ -1,6 +1,14 @@
 """The rewrite: applies a Policy to any JAX function without touching its code, and observes what is inside."""
 
-from precision_lab.rewrite.api import Traced, apply_to_function, call, scaled_sites, sites_of_function, trace
+from precision_lab.rewrite.adapters import Adapter
+from precision_lab.rewrite.api import (
+    Traced,
+    apply_to_function,
+    call,
+    scaled_sites,
+    sites_of_function,
+    trace,
+)
 from precision_lab.rewrite.harvest import Collector, harvest
 from precision_lab.rewrite.marks import OUTPUT, SHADOW, Mark, mark, observing
 from precision_lab.rewrite.parameters import Use, Uses, is_qtensor
@@ -10,6 +18,7 @@ from precision_lab.rewrite.sites import Site, SiteTable
 __all__ = [
     "OUTPUT",
     "SHADOW",
+    "Adapter",
     "Collector",
     "Mark",
     "Site",

@@ -13,6 +13,7 @@ import numpy as np
 from precision_lab.policy import Policy
 from precision_lab.quant import QTensor
 from precision_lab.quant.core import Given
+from precision_lab.rewrite.adapters import Adapter
 from precision_lab.rewrite.interpreter import evaluate
 from precision_lab.rewrite.marks import observing
 from precision_lab.rewrite.operations import is_castable
@@ -76,6 +77,7 @@ def call(
     margin: int = 0,
     given: Mapping[str, Mapping[str, Given]] | None = None,
     uses: Uses | None = None,
+    adapters: Mapping[str, Adapter] | None = None,
 ) -> Any:
     """Returns `fn(params, *args, **kwargs)` with its products under `policy`; its outputs keep their dtypes.
 
@@ -89,6 +91,7 @@ def call(
       margin: bits of headroom of such scales.
       given: scales, zero points and offsets, by site and role ("lhs", "rhs"), that quantizers take as they are.
       uses: where to note how each parameter is used; for a call that is only traced.
+      adapters: by the path of a parameter, what is added to it in its products, in low rank.
 
     Raises:
       ValueError: a rule matches no site, or the policy needs 64-bit mode.
@@ -98,7 +101,9 @@ def call(
     _require_x64(policy)
     traced = trace(fn, params, args, kwargs)
     scaled = {site: Amaxes(roles, margin) for site, roles in (amaxes or {}).items()}
-    plan, _ = planned(traced, policy, root, types, every_rule=every_rule, amaxes=scaled, given=given)
+    options: dict[str, Any] = {"amaxes": scaled, "given": given, "adapters": adapters}
+    options["every_product"] = uses is not None
+    plan, _ = planned(traced, policy, root, types, every_rule=every_rule, **options)
     arrays = [
         Parameter.of(x, origin, uses) if origin and (is_qtensor(x) or (uses and is_castable(x))) else x
         for x, origin in zip(traced.arrays, traced.origins, strict=True)
@@ -142,6 +147,8 @@ def planned(
     everything: bool = False,
     amaxes: Mapping[str, Amaxes] | None = None,
     given: Mapping[str, Mapping[str, Given]] | None = None,
+    adapters: Mapping[str, Adapter] | None = None,
+    every_product: bool = False,
 ) -> tuple[Plan, SiteTable]:
     """Returns the plan and the sites of a traced function.
 
@@ -149,6 +156,7 @@ def planned(
       ValueError: a rule of the policy matches no site.
     """
     options: dict[str, Any] = {"observing": observing.value is not None, "amaxes": amaxes, "given": given}
+    options |= {"adapters": adapters, "every_product": every_product}
     planner = Planner(policy, root, types, everything=everything, **options)
     plan, _ = planner.walk(traced.jaxpr, traced.origins)
     if every_rule:

@@ -217,7 +217,7 @@ def cast_product(
     if before is not None:
         return layouts.restore(_product_of_quantized(layouts, (lhs, rhs), how, before, given))
     operands = (layout(dense(x)) for layout, x in zip(layouts.operands, (lhs, rhs), strict=True))
-    return layouts.restore((_bilinear_product if of_tangents else _product)(Term(layouts.op, *operands), how))
+    return layouts.restore((_bilinear_product if of_tangents else product_of)(Term(layouts.op, *operands), how))
 
 
 def layouts_of(eqn: Any, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> Layouts:
@@ -232,7 +232,7 @@ def layouts_of(eqn: Any, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> Layouts:
     return Layouts(op, (unchanged, unchanged), unchanged)
 
 
-def _product(term: Term, how: Casting) -> jax.Array:
+def product_of(term: Term, how: Casting) -> jax.Array:
     """Returns a product with its own derivative."""
     return _with_derivative(term.op, how)(term.lhs, term.rhs)
 
@@ -250,7 +250,7 @@ def _product_of_quantized(
     values = [_values(*side) for side in sides]
     plain = dataclasses.replace(how, operands=tuple(dataclasses.replace(one, quantizer=None) for one in how.operands))
     if how.codes is None or not layouts.op.takes_codes():
-        return _product(Term(layouts.op, *values), plain)
+        return product_of(Term(layouts.op, *values), plain)
     return _with_derivative(layouts.op, plain, how)(*values, *(part for side in sides for part in _codes(*side)))
 
 
@@ -314,12 +314,12 @@ def _as_result(out: jax.Array, how: Casting) -> jax.Array:
 
 def _gradient_of_lhs(cotangent: jax.Array, lhs: Any, rhs: jax.Array, *, op: Any, how: Casting) -> jax.Array:
     """Transposes in the left operand."""
-    return _product(op.to_lhs(cotangent, lhs, rhs), how.with_cotangent_for(0, lhs.aval.dtype))
+    return product_of(op.to_lhs(cotangent, lhs, rhs), how.with_cotangent_for(0, lhs.aval.dtype))
 
 
 def _gradient_of_rhs(cotangent: jax.Array, lhs: jax.Array, rhs: Any, *, op: Any, how: Casting) -> jax.Array:
     """Transposes in the right operand."""
-    return _product(op.to_rhs(cotangent, lhs, rhs), how.with_cotangent_for(1, rhs.aval.dtype))
+    return product_of(op.to_rhs(cotangent, lhs, rhs), how.with_cotangent_for(1, rhs.aval.dtype))
 
 
 def _batched(operands: Any, axes: Any, *, op: Any, how: Casting) -> tuple[jax.Array, int]:

@@ -14,6 +14,7 @@ import jax
 from jax import lax
 
 from precision_lab.rewrite import _compat
+from precision_lab.rewrite.adapters import adapted, is_matrix
 from precision_lab.rewrite.bilinear import contracted_axes
 from precision_lab.rewrite.cast import PRODUCT, cast_product
 from precision_lab.rewrite.lookup import looked_up
@@ -78,13 +79,17 @@ def _takes_parameters(step: Any, eqn: Any, given: Values) -> bool:
 def _product(step: Cast, eqn: Any, given: Values) -> Any:
     """Evaluates a product of operands of which some may be parameters that are not arrays yet."""
     operands = list(given)
-    for operand, quantizer in enumerate(step.before or ()):
+    for operand, quantizer in enumerate(step.before or (None, None)):
         x = operands[operand]
-        if quantizer is not None and isinstance(x, Parameter) and not is_stored(x):
-            x.noted(step.site, quantizer, contracted_axes(eqn, operand))
-            operands[operand] = x.values()
+        if isinstance(x, Parameter):
+            x.noted(step.site, quantizer, contracted_axes(eqn, operand), is_matrix(eqn, operand))
+            operands[operand] = x if is_stored(x) and quantizer is not None else x.values().astype(x.dtype)
     options = {"before": step.before, "of_tangents": step.of_tangents, "given": step.given}
-    return cast_product(eqn, operands[0], operands[1], step.casting, **options)
+    out = cast_product(eqn, operands[0], operands[1], step.casting, **options)
+    if step.adapter is None:
+        return out
+    operand, adapter = step.adapter
+    return adapted(eqn, dense(given[1 - operand]), out, adapter, operand, step.treatment)
 
 
 def _scaled(step: Cast, eqn: Any, given: Values) -> Any:

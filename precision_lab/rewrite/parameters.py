@@ -27,6 +27,8 @@ class Use(NamedTuple):
       axes: the axes of one slice of the parameter that the product contracts, or that a row of an embedding has.
       stack: leading axes over which the parameter is scanned.
       dtype: type that the model casts it to before.
+      order: all axes of one slice in the order in which it is used.
+      is_matrix: whether it is an operand of one matrix product, so that an adapter can be added to it.
     """
 
     site: str
@@ -34,6 +36,8 @@ class Use(NamedTuple):
     axes: tuple[int, ...] = ()
     stack: int = 0
     dtype: Any = None
+    order: tuple[int, ...] = ()
+    is_matrix: bool = False
 
 
 class Uses:
@@ -118,11 +122,12 @@ class Parameter:
         """Returns a slice of a scan, whose first axis JAX has taken off the arrays."""
         return dataclasses.replace(self, order=tuple(axis - 1 for axis in self.order[1:]))
 
-    def noted(self, site: str, quantizer: Quantizer | None, axes: tuple[int, ...]) -> None:
-        """Notes that a site quantizes it along `axes`, as it is used there."""
+    def noted(self, site: str, quantizer: Quantizer | None, axes: tuple[int, ...], is_matrix: bool = False) -> None:
+        """Notes that a site takes it, contracting `axes` as it is used there."""
         if self.uses is not None:
             own = tuple(self.order[axis] for axis in axes)
-            self.uses.note(self.path, Use(site, quantizer, own, self.rank - self.ndim, self.dtype))
+            use = Use(site, quantizer, own, self.rank - self.ndim, self.dtype, self.order, is_matrix)
+            self.uses.note(self.path, use)
 
 
 def is_stored(value: Any) -> bool:

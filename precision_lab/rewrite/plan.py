@@ -19,6 +19,7 @@ from precision_lab.policy import OP_TABLE, Policy, Treatment
 from precision_lab.policy.ops import ACTIVATIONS
 from precision_lab.quant.core import Given
 from precision_lab.rewrite import _compat
+from precision_lab.rewrite.adapters import Adapter, is_matrix
 from precision_lab.rewrite.cast import casting_of, quantizers_of
 from precision_lab.rewrite.equations import UNSUPPORTED, already, describe, flops, why_not
 from precision_lab.rewrite.lookup import LOOKUP, looks_up_rows
@@ -44,6 +45,8 @@ class Planner:
       types: type names of modules by path, see `module_types`.
       observing: whether products get marks.
       sites: what was found so far.
+
+    With `every_product` there is a step also for products that are as the policy wants them.
     """
 
     def __init__(
@@ -56,6 +59,8 @@ class Planner:
         observing: bool = False,
         amaxes: Mapping[str, Amaxes] | None = None,
         given: Mapping[str, Mapping[str, Given]] | None = None,
+        adapters: Mapping[str, Adapter] | None = None,
+        every_product: bool = False,
     ) -> None:
         self.policy = policy
         self.root = root
@@ -63,6 +68,8 @@ class Planner:
         self.observing = observing
         self._amaxes = amaxes or {}
         self._given = given or {}
+        self._adapters = adapters or {}
+        self._every_product = every_product
         self._everything = everything
         self.sites: list[Site] = []
         self._counts: collections.Counter[tuple[str, str]] = collections.Counter()
@@ -82,6 +89,7 @@ class Planner:
           of_tangents: whether operands may be tangents.
         """
         options: dict[str, Any] = {"observing": self.observing, "amaxes": self._amaxes, "given": self._given}
+        options |= {"adapters": self._adapters, "every_product": self._every_product}
         planner = Planner(self.policy, self.root, self.types, **options)
         planner._counts = collections.Counter(counts)
         planner._default_precision = self._default_precision
@@ -221,14 +229,23 @@ class Planner:
             self.sites.append(dataclasses.replace(site, reason=reason))
             return None
         self.sites.append(dataclasses.replace(site, treatment=treatment))
-        if already(eqn, treatment):
+        adapter = self._adapter(eqn, sources)
+        if already(eqn, treatment) and adapter is None and not self._every_product:
             return None
         parameters = (_is_path(sources[0]), _is_path(sources[1]))
         result = self._result(eqn, treatment)
         casting, before = casting_of(treatment, parameters, result)
         of = self._given.get(site.name, {})
         given = (of.get("lhs", NOTHING_GIVEN), of.get("rhs", NOTHING_GIVEN))
-        return Cast(treatment, casting, before, self._of_tangents, site.name, self._amaxes.get(site.name), given)
+        amaxes = self._amaxes.get(site.name)
+        return Cast(treatment, casting, before, self._of_tangents, site.name, amaxes, given, adapter)
+
+    def _adapter(self, eqn: Any, sources: Origins) -> tuple[int, Adapter] | None:
+        """Returns which operand of a product has an adapter, and that."""
+        for operand, path in enumerate(sources[:2]):
+            if path in self._adapters and is_matrix(eqn, operand):
+                return operand, self._adapters[path]
+        return None
 
     def _result(self, eqn: Any, treatment: Treatment) -> Any:
         """Returns the dtype of a product's result: the compute dtype under autocast, else what the model expects."""

@@ -11,6 +11,7 @@ from precision_lab.policy import Treatment
 from precision_lab.quant import Quantizer
 from precision_lab.quant.core import Given
 from precision_lab.rewrite import _compat
+from precision_lab.rewrite.adapters import Adapter
 from precision_lab.rewrite.cast import Casting
 from precision_lab.rewrite.operations import Operate
 from precision_lab.rewrite.quantized import NOTHING_GIVEN
@@ -29,6 +30,7 @@ class Cast:
       site: name of the site.
       amaxes: what scales are made of that come from outside, or None.
       given: of each operand, what its quantizer is not to find itself.
+      adapter: which operand has an adapter, and that; or None.
     """
 
     treatment: Treatment
@@ -38,6 +40,7 @@ class Cast:
     site: str = ""
     amaxes: Amaxes | None = None
     given: tuple[Given, Given] = (NOTHING_GIVEN, NOTHING_GIVEN)
+    adapter: tuple[int, Adapter] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Static scales as converted models carry them: a dict by site and operand, in a variable or collection of its own."""
+"""What models carry beside their parameters: static scales by site and operand, adapters by path of a parameter."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 import jax
 
 from precision_lab.quant.core import Given
+from precision_lab.rewrite import Adapter
 
 SCALES = "quantization_scales"  # attribute of a converted NNX model, collection of a Linen model
+LORA, LORA_FACTOR = "lora_adapters", "lora_factor"  # likewise: adapters by path, and the one factor of them all
 Scales = dict[
     str, dict[str, dict[str, jax.Array]]
 ]  # of each site and operand: scale, and zero_point where there is one
@@ -18,3 +20,8 @@ Scales = dict[
 def given_scales(scales: Mapping[str, Any]) -> dict[str, dict[str, Given]]:
     """Returns stored scales as the rewrite takes them."""
     return {site: {role: Given(**found) for role, found in roles.items()} for site, roles in scales.items()}
+
+
+def adapters_of(matrices: Mapping[str, Any], factor: Any) -> dict[str, Adapter]:
+    """Returns stored adapters as the rewrite takes them; no gradient reaches their factor."""
+    return {path: Adapter(pair["a"], pair["b"], jax.lax.stop_gradient(factor)) for path, pair in matrices.items()}
