@@ -35,7 +35,9 @@ def keep_ends(policy: Any, target: Any, *args: Any, ends: tuple[str, ...] = ENDS
     if not policy.quantizes:
         raise ValueError(f"policy '{policy}' quantizes nothing, so there is nothing to keep its ends from.")
     plain = dataclasses.replace(policy, rules=())
-    found = [site.path for site in sites(target, *args, policy=plain, **kwargs) if site.has_parameter]
+    found = [
+        site.path for site in sites(target, *args, policy=plain, **kwargs) if site.has_parameter and site.is_product
+    ]
     if not found:
         raise ValueError("the computation has no product with a parameter, and so neither first nor last layer.")
     settings = {key: None for key in (*QUANTIZERS, "backward") if getattr(policy, key) is not None}
