@@ -22,7 +22,8 @@ from precision_lab.formats import Format, format, round_to
 from precision_lab.policy import Accumulator, Treatment
 from precision_lab.quant.core import Given
 from precision_lab.rewrite import _compat
-from precision_lab.rewrite.bilinear import Layout, Layouts, Term, as_matmul, convolution
+from precision_lab.rewrite.bilinear import Layout, Layouts, Matmul, Term, as_matmul, convolution
+from precision_lab.rewrite.packed import block_rows, product_in_blocks
 from precision_lab.rewrite.parameters import dense, is_stored
 from precision_lab.rewrite.quantized import NOTHING_GIVEN, Codes, codes_of, fake_quantized, have_codes, why_no_codes
 
@@ -247,11 +248,21 @@ def _product_of_quantized(
 ) -> jax.Array:
     """Returns the product of operands that are quantized first: of their codes where `how` can, else of values."""
     sides = list(zip(operands, before, layouts.op.contracted(), layouts.operands, given, strict=True))
+    if how.codes is None and isinstance(layouts.op, Matmul) and (rows := block_rows(operands[1])):
+        return _product_in_blocks(_values(*sides[0]), operands[1], rows, how)
     values = [_values(*side) for side in sides]
     plain = dataclasses.replace(how, operands=tuple(dataclasses.replace(one, quantizer=None) for one in how.operands))
     if how.codes is None or not layouts.op.takes_codes():
         return product_of(Term(layouts.op, *values), plain)
     return _with_derivative(layouts.op, plain, how)(*values, *(part for side in sides for part in _codes(*side)))
+
+
+def _product_in_blocks(x: jax.Array, weight: Any, rows: int, how: Casting) -> jax.Array:
+    """Returns the product of an operand and a large weight that is stored."""
+    plain = dataclasses.replace(how, operands=tuple(dataclasses.replace(one, quantizer=None) for one in how.operands))
+    plain = dataclasses.replace(plain, result=jnp.dtype(jnp.float32))
+    total = product_in_blocks(x, weight, rows, lambda part, block: product_of(Term(Matmul(), part, block), plain))
+    return _as_result(total, how)
 
 
 def _values(x: Any, quantizer: Any, axes: tuple[int, ...], layout: Layout, given: Given) -> jax.Array:

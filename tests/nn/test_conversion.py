@@ -251,5 +251,26 @@ def test_a_convnet_with_batch_norm_is_converted_in_evaluation():
     assert_equal(packed(x), pl.apply_policy(model, "w8a8")(x))
 
 
+@pytest.mark.parametrize("weight", ["int4@group32", "nf4@group64", "nf4@group64,double", "int3@channel", "int8@tensor"])
+def test_a_large_weight_is_widened_in_blocks_and_gives_the_same_product_and_gradient(monkeypatch, weight):
+    params = {"w": jax.random.normal(jax.random.key(0), (256, 24))}
+    x, policy = jax.random.normal(jax.random.key(1), (3, 256)), f"weight={weight},compute=bfloat16"
+
+    def fn(params, x):
+        return x @ params["w"]
+
+    run, stored = pl.convert(fn, policy, x, params=params)
+    whole, by_whole = jax.value_and_grad(lambda x: jnp.sum(jnp.sin(run(stored, x))))(x)
+    monkeypatch.setattr("precision_lab.rewrite.packed.SIZE", 1)
+    monkeypatch.setattr("precision_lab.rewrite.packed._ROWS", 64)
+    blocks, by_blocks = jax.value_and_grad(lambda x: jnp.sum(jnp.sin(run(stored, x))))(x)
+
+    np.testing.assert_allclose(blocks, whole, rtol=1e-4)
+    np.testing.assert_allclose(by_blocks, by_whole, rtol=0, atol=0.01 * float(jnp.max(jnp.abs(by_whole))))
+    text = str(jax.make_jaxpr(lambda x: run(stored, x))(x))
+    assert "scan" in text
+    assert "256,24]" not in text.replace("u8[", "")
+
+
 def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
