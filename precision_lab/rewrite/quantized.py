@@ -16,6 +16,7 @@ from precision_lab.quant.tiles import Tiles
 
 _LARGEST_INT8 = 127
 _SHARED = ("tensor", "channel", "token")
+_WITH_OFFSET = ("lsq+", "dorefa")
 NOTHING_GIVEN = Given()
 
 
@@ -73,6 +74,8 @@ def why_no_codes(left: Quantizer | None, right: Quantizer | None) -> str:
             return "only one operand is quantized"
         if quantizer.has_zero_point:
             return f"{quantizer} has a zero point, which a product of codes does not"
+        if quantizer.estimator in _WITH_OFFSET:
+            return f"{quantizer} has an offset, which a product of codes does not"
         if _dtype(quantizer) is None:
             return f"{quantizer} has no array type of up to 8 bits whose products are its values' products"
         if quantizer.granularity.kind not in _SHARED:

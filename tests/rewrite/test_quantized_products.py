@@ -57,6 +57,15 @@ def test_the_forward_product_is_that_of_the_quantized_operands_and_so_are_its_gr
     np.testing.assert_allclose(dw, xq.T @ g, rtol=1e-5, atol=1e-5)
 
 
+def test_an_offset_is_not_lost_in_a_product_of_codes():
+    """The values of DoReFa's weights are multiples of a step less one, which a product with int8 codes left out."""
+    w, x = OPERANDS
+
+    out = under(dense, "weight=uint4@tensor,dorefa,activation=int8@token")(w, x)
+
+    np.testing.assert_allclose(out, q(x, "int8@token", 1) @ q(w, "uint4,dorefa", 0), rtol=1e-5, atol=1e-5)
+
+
 def test_original_takes_the_gradients_of_the_operands_before_quantization():
     """As Qwix and AQT do; check 13 of the notes on JAX quantization."""
     w, x = OPERANDS
