@@ -14,7 +14,7 @@ _HOME = {
     "quant": ("QTensor", "Quantizer", "fake_quantize", "quantize", "quantizer"),
     "policy": ("PRESETS", "Policy"),
     "rewrite": ("full_precision", "mark"),
-    "nn": ("DelayedScaling", "apply_policy", "calibrate", "convert", "explain", "sites"),
+    "nn": ("QAT", "DelayedScaling", "apply_policy", "calibrate", "convert", "explain", "prepare_qat", "sites"),
     "optim": (
         "DynamicLossScale",
         "StaticLossScale",
@@ -47,11 +47,13 @@ if TYPE_CHECKING:
     from precision_lab.formats import round_to as round_to
     from precision_lab.formats import stack_formats as stack_formats
     from precision_lab.models import register_model as register_model
+    from precision_lab.nn import QAT as QAT
     from precision_lab.nn import DelayedScaling as DelayedScaling
     from precision_lab.nn import apply_policy as apply_policy
     from precision_lab.nn import calibrate as calibrate
     from precision_lab.nn import convert as convert
     from precision_lab.nn import explain as explain
+    from precision_lab.nn import prepare_qat as prepare_qat
     from precision_lab.nn import sites as sites
     from precision_lab.optim import DynamicLossScale as DynamicLossScale
     from precision_lab.optim import StaticLossScale as StaticLossScale

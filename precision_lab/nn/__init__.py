@@ -9,8 +9,11 @@ from precision_lab.nn.ends import keep_ends
 from precision_lab.nn.fake_quant import FakeQuant, LinenFakeQuant, QuantParam, QuantStat
 from precision_lab.nn.folded import BatchNormNumbers, FoldedBatchNorm, folded_fake_quantize
 from precision_lab.nn.lora import add_lora, merge_lora
+from precision_lab.nn.prepare import prepare_qat
+from precision_lab.nn.qat import QAT
 
 __all__ = [
+    "QAT",
     "BatchNormNumbers",
     "Calibrated",
     "DelayedScaling",
@@ -30,5 +33,6 @@ __all__ = [
     "folded_fake_quantize",
     "keep_ends",
     "merge_lora",
+    "prepare_qat",
     "sites",
 ]

@@ -97,7 +97,7 @@ def calibrate(
         args, kwargs = _as_call(batch)
         pure = pure_call(target, *arguments(target, params, args, kwargs))
         if first is None:
-            first = jax.tree.map(_shape, (args, kwargs))
+            first = jax.tree.map(shape_of_leaf, (args, kwargs))
             observers = _observers(pure, policy, momentum)
         for key, state in _run(pure, policy, observers, compiled)(pure.params, pure.args).items():
             states[key] = observers[key].followed(states[key], state) if key in states else state
@@ -139,7 +139,7 @@ def _as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (batch if isinstance(batch, tuple) else (batch,)), {}
 
 
-def _shape(leaf: Any) -> Any:
+def shape_of_leaf(leaf: Any) -> Any:
     """Returns the shape of an array, and anything else as it is."""
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else leaf
 
@@ -186,7 +186,7 @@ class _Seen:
 def _run(pure: PureCall, policy: Policy, observers: Observers, compiled: dict[Any, Any]) -> Any:
     """Returns the compiled function of (params, args) to what observers see in one call in floating formats."""
     leaves, tree = jax.tree.flatten((pure.params, pure.args))
-    key = tree, tuple(str(_shape(leaf)) for leaf in leaves)
+    key = tree, tuple(str(shape_of_leaf(leaf)) for leaf in leaves)
     if key not in compiled:
         compiled[key] = jax.jit(
             lambda params, args: _observed(pure, without_quantizers(policy), observers, params, args)

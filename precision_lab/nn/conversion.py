@@ -22,20 +22,23 @@ from precision_lab.nn.carried import SCALES, Scales, given_scales
 from precision_lab.nn.linen_policy import linen_under_policy
 from precision_lab.nn.nnx_policy import nnx_with_stored
 from precision_lab.nn.pure import pure_call
+from precision_lab.nn.qat_conversion import as_stored, as_trained
 from precision_lab.policy import Policy
 from precision_lab.policy.deriving import for_inference
 from precision_lab.ptq import round_to_nearest
-from precision_lab.quant import QTensor
+from precision_lab.quant import QTensor, quantize
 from precision_lab.rewrite import Use, Uses, call, is_qtensor
 
 Method = Callable[[jax.Array, Any, tuple[int, ...]], tuple[QTensor, Any]]
 
 
 class How(NamedTuple):
-    """How a parameter is stored: its use, or why it cannot be."""
+    """How a parameter is stored: its use, or why it cannot be; and the scale and offset it is given at a site."""
 
     use: Use | None
     why_not: str = ""
+    scale: Mapping[str, jax.Array] = {}
+    at: tuple[str, str] | None = None
 
 
 def convert(
@@ -48,8 +51,9 @@ def convert(
     What it returns computes what the policy promised: bit for bit the weights, to accumulation order the products.
 
     Args:
-      target: a Calibrated, an `nnx.Module`, a `linen.Module`, or a function `fn(params, *args)`.
-      policy: a Policy or what parses to one; not with a Calibrated, which has its own.
+      target: a Calibrated, an `nnx.Module`, a `linen.Module`, or a function `fn(params, *args)`. A model of
+        `prepare_qat` keeps the scales that it has learned, and its ranges: `pl.convert(model, None, x)`.
+      policy: a Policy or what parses to one; not with a Calibrated or a trained model, which have their own.
       args, kwargs: an example of what the model is called with, arrays or `jax.ShapeDtypeStruct`s; not with a
         Calibrated. Nothing is executed on it.
       params: a Linen model's variables, or a function's params.
@@ -61,16 +65,18 @@ def convert(
 
     Raises:
       TypeError: arguments are missing or not for this target.
-      ValueError: the policy quantizes nothing.
+      ValueError: the policy quantizes nothing; a trained model with another policy, or before it has ranges.
 
     Warns: of parameters that the policy quantizes but that have to stay as they are: used in several ways, or computed
       with before they are multiplied. These are quantized in every call.
     """
-    calibrated = _calibrated(target, policy, params, args, kwargs)
+    trained = as_trained(target, policy, params, args, kwargs)
+    calibrated = _calibrated(target, policy, params, args, kwargs) if trained is None else trained
     target, policy = calibrated.target, calibrated.policy
-    own, uses = uses_of(target, policy, calibrated.params, *calibrated.call)
-    ways = _ways(own, uses)
+    own, uses = uses_of(target, policy, calibrated.params, *calibrated.call, scales=calibrated.scales)
+    ways = _ways(own, uses, calibrated.scales)
     stored = _stored(own, ways, method)
+    calibrated = dataclasses.replace(calibrated, scales=_of_the_rest(calibrated.scales, ways))
     if not stored and not calibrated.scales:
         why = "".join(f" '{path}' cannot be stored: {how.why_not}." for path, how in ways.items())
         raise ValueError(f"policy '{policy}' quantizes no parameter of this model that can be stored.{why}")
@@ -80,26 +86,62 @@ def convert(
     return _assembled(target, policy, calibrated, stored)
 
 
-def uses_of(target: Any, policy: Policy, params: Any, args: Any, kwargs: Any) -> tuple[Any, dict[str, list[Use]]]:
-    """Returns the params of a call, and how each of them is used under a policy; nothing is executed."""
-    uses, found = Uses(), []
+def uses_of(
+    target: Any, policy: Policy, params: Any, args: Any, kwargs: Any, scales: Mapping[str, Any] | None = None
+) -> tuple[Any, Uses]:
+    """Returns the params of a call, and how each of them is used under a policy; nothing is executed.
+
+    Some quantizers have `scales` already, by site and operand; by default what a converted model carries.
+    """
+    if scales is None:
+        carried = getattr(target, SCALES, None)
+        scales = params.get(SCALES) if isinstance(params, Mapping) else carried and carried.get_raw_value()
+    uses, found, given = Uses(), [], given_scales(scales or {})
 
     def run(arrays: list[Any]) -> Any:
         args, kwargs = together(arrays)  # under a trace, where NNX takes structs for the arrays that they stand for
         pure = pure_call(target, *arguments(target, params, args, kwargs))
         found.append(pure.params)
-        return call(pure.fn, policy, pure.params, pure.args, pure.kwargs, root=pure.root, types=pure.types, uses=uses)
+        options = {"root": pure.root, "types": pure.types, "given": given, "uses": uses}
+        return call(pure.fn, policy, pure.params, pure.args, pure.kwargs, **options)
 
     arrays, together = _apart((args, kwargs))
     jax.eval_shape(run, arrays)
-    return found[0], uses.by_path
+    return found[0], uses
 
 
-def _ways(params: Any, uses: Mapping[str, list[Use]]) -> dict[str, How]:
+def _ways(params: Any, uses: Uses, scales: Scales) -> dict[str, How]:
     """Returns how each parameter that the policy quantizes somewhere can be stored."""
     shapes = {path: np.shape(leaf) for path, leaf in named(params).items() if not is_qtensor(leaf)}
-    quantized = {path: found for path, found in uses.items() if any(use.quantizer for use in found)}
-    return {path: _how(found, shapes[path]) for path, found in quantized.items() if path in shapes}
+    quantized = {path: found for path, found in uses.by_path.items() if any(use.quantizer for use in found)}
+    ways = {path: _how(found, shapes[path]) for path, found in quantized.items() if path in shapes}
+    return {path: _with_scale(how, uses.places.get(path, {}), scales, shapes[path]) for path, how in ways.items()}
+
+
+def _with_scale(
+    how: How, places: Mapping[tuple[str, str], np.ndarray], scales: Mapping[str, Any], shape: tuple[int, ...]
+) -> How:
+    """Returns how a parameter is stored, with the scale that it is given at its site."""
+    own = {at: numbers for at in places if (numbers := scales.get(at[0], {}).get(at[1]))}
+    if how.use is None or not own:
+        return how
+    if len(places) > 1:
+        return How(None, "it has a scale of its own at each of its sites")
+    [(at, numbers)] = own.items()
+    brought = {name: as_stored(array, places[at], how.use, shape) for name, array in numbers.items()}
+    found = {name: array for name, array in brought.items() if array is not None}
+    if len(found) < len(brought):
+        return How(None, "its scales in the product are none of the parameter as it is stored")
+    return How(how.use, scale=found, at=at)
+
+
+def _of_the_rest(scales: Scales, ways: Mapping[str, How]) -> Scales:
+    """Returns scales without those of parameters that are stored with them."""
+    stored = {how.at for how in ways.values()}
+    left = {
+        site: {role: s for role, s in roles.items() if (site, role) not in stored} for site, roles in scales.items()
+    }
+    return {site: roles for site, roles in left.items() if roles}
 
 
 def _how(uses: list[Use], shape: tuple[int, ...]) -> How:
@@ -132,18 +174,23 @@ def _run_length(quantizer: Any) -> Any:
 def _stored(params: Any, ways: Mapping[str, How], method: Method) -> dict[str, QTensor]:
     """Returns the parameters that can be stored, quantized, by path."""
     leaves = named(params)
-    return {path: _quantized(leaves[path], how.use, method) for path, how in ways.items() if how.use is not None}
+    return {path: _quantized(leaves[path], how.use, how.scale, method) for path, how in ways.items() if how.use}
 
 
-def _quantized(weight: Any, use: Use, method: Method) -> QTensor:
+def _quantized(weight: Any, use: Use, scale: Mapping[str, jax.Array], method: Method) -> QTensor:
     """Returns a weight stored as it is used; a stacked one slice by slice."""
+    if scale and method is not round_to_nearest:
+        raise ValueError(f"a learned scale is what weights are rounded by, so {method} cannot be; leave out method=.")
 
-    def quantize(one: jax.Array) -> QTensor:
-        return method(one.astype(use.dtype).astype(jnp.float32), use.quantizer, use.axes)[0]
+    def quantized(one: jax.Array, scale: Mapping[str, jax.Array]) -> QTensor:
+        one = one.astype(use.dtype).astype(jnp.float32)
+        if scale:
+            return quantize(one, use.quantizer, axis=use.axes, **scale)
+        return method(one, use.quantizer, use.axes)[0]
 
     for _ in range(use.stack):
-        quantize = jax.vmap(quantize)
-    return dataclasses.replace(jax.jit(quantize)(jnp.asarray(weight)), dtype=np.dtype(weight.dtype))
+        quantized = jax.vmap(quantized)
+    return dataclasses.replace(jax.jit(quantized)(jnp.asarray(weight), scale), dtype=np.dtype(weight.dtype))
 
 
 def _calibrated(target: Any, policy: Any, params: Any, args: Any, kwargs: Any) -> Calibrated:

@@ -14,13 +14,15 @@ from flax import linen
 from flax.core import Scope
 
 from precision_lab.nn.carried import LORA, LORA_FACTOR, SCALES, adapters_of, given_scales
+from precision_lab.nn.linen_qat import started, stepped
+from precision_lab.nn.qat import QAT
 from precision_lab.policy import Policy
 from precision_lab.rewrite import SiteTable, call, sites_of_function
 
 LIFTED = ("Scan", "Vmap", "Checkpoint", "Remat", "Jit")  # how Linen names the classes that its transformations make
 
 
-def linen_under_policy(module: linen.Module, policy: Policy) -> Any:
+def linen_under_policy(module: linen.Module, policy: Policy, qat: QAT | None = None) -> Any:
     """Returns `module` under `policy`; a policy that it already has is replaced.
 
     Raises:
@@ -29,7 +31,7 @@ def linen_under_policy(module: linen.Module, policy: Policy) -> Any:
     if module.scope is not None or module.parent is not None:
         name = type(module).__name__
         raise ValueError(f"{name} is bound to a parent or a scope; apply the policy to the outermost module.")
-    return _as_class(module, _class_under_policy(_plain_class(type(module)), policy))
+    return _as_class(module, _class_under_policy(_plain_class(type(module)), policy, qat))
 
 
 def linen_sites(module: linen.Module, policy: Policy, args: Any, kwargs: Any, *, everything: bool) -> SiteTable:
@@ -54,7 +56,7 @@ def linen_call(
 
 
 @functools.cache
-def _class_under_policy(plain: Any, policy: Policy) -> type:
+def _class_under_policy(plain: Any, policy: Policy, qat: QAT | None = None) -> type:
     """Returns the subclass of `plain` that follows `policy`; its own code always runs as `plain`."""
 
     def __post_init__(self: Any) -> None:  # noqa: N807
@@ -74,17 +76,25 @@ def _class_under_policy(plain: Any, policy: Policy) -> type:
         params, rest = _split(variables)
         types: dict[str, str] = {}
         options = {"root": plain.__name__, "types": types, "every_rule": kwargs.get("method") is None}
-        options |= _taken(rest)
-        out = call(_apply(self, types), policy, params, [rest, args, kwargs], {}, **options)
+        if qat is None:
+            out = call(_apply(self, types), policy, params, [rest, args, kwargs], {}, **options, **_taken(rest))
+        else:
+            out = stepped(qat, _apply(self, types), params, rest, args, kwargs, options)
         if kwargs.get("mutable") or kwargs.get("capture_intermediates"):
             return policy.cast_to_output(out[0]), out[1]
         return policy.cast_to_output(out)
 
     def init(self: Any, *args: Any, **kwargs: Any) -> Any:
         params, rest = _split(_as_class(self, plain).init(*args, **kwargs))
-        return _join(policy.cast_to_param(params), rest)
+        params = policy.cast_to_param(params)
+        if qat is not None:
+            options = {"root": plain.__name__, "types": (types := {})}
+            params, rest = started(qat, _apply(self, types), params, rest, args, kwargs, options)
+        return _join(params, rest)
 
     def lazy_init(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if qat is not None:
+            raise ValueError(f"{plain.__name__}: quantizers start from data, which lazy_init has not; call init.")
         params, rest = _split(_as_class(self, plain).lazy_init(*args, **kwargs))
         return _join(policy.cast_to_param(params), rest)
 
@@ -103,7 +113,7 @@ def _class_under_policy(plain: Any, policy: Policy) -> type:
         )
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: N807
-        return _unpickled, (_as_class(self, plain), str(policy))
+        return _unpickled, (_as_class(self, plain), str(policy), None if qat is None else qat.schedule)
 
     names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
     cls = type(plain)(plain.__name__, (plain,), {**names, "__post_init__": __post_init__})
@@ -112,7 +122,8 @@ def _class_under_policy(plain: Any, policy: Policy) -> type:
     for name, method in methods.items():
         # Set afterwards, because Linen wraps the methods that a class is created with.
         setattr(cls, name, functools.wraps(getattr(plain, name))(method))
-    cls._plain_class, cls.precision_policy = plain, policy  # pyright: ignore[reportAttributeAccessIssue]
+    for name, value in (("_plain_class", plain), ("precision_policy", policy), ("precision_qat", qat)):
+        setattr(cls, name, value)
     return cls
 
 
@@ -123,9 +134,9 @@ def _taken(collections: dict[str, Any]) -> dict[str, Any]:
     return carried if pairs is None or factor is None else carried | {"adapters": adapters_of(pairs, factor["value"])}
 
 
-def _unpickled(module: Any, policy: str) -> Any:
+def _unpickled(module: Any, policy: str, schedule: tuple[Any, ...] | None = None) -> Any:
     """Returns a module under the policy that a string describes."""
-    return linen_under_policy(module, Policy.parse(policy))
+    return linen_under_policy(module, Policy.parse(policy), None if schedule is None else QAT(policy, *schedule))
 
 
 def _apply(module: linen.Module, types: dict[str, str]) -> Callable[[Any, Any, Any, Any], Any]:

@@ -76,7 +76,7 @@ def add_lora(
     policy = _policy_of(target, policy)
     own, uses = uses_of(target, policy, params, args, kwargs)
     shapes = {path: leaf.shape for path, leaf in named(own).items()}
-    chosen = _chosen(uses, shapes, paths)
+    chosen = _chosen(uses.by_path, shapes, paths)
     keys = jax.random.split(key, len(chosen))
     pairs = {path: _pair(one, sizes, rank) for one, (path, sizes) in zip(keys, chosen.items(), strict=True)}
     factor = jnp.float32((2 * rank if alpha is None else alpha) / rank)
@@ -115,7 +115,7 @@ def _sums(target: Any, adapters: Mapping[str, Adapter], params: Any, args: Any, 
     """Returns, by path, the weights with their adapters added."""
     own, uses = uses_of(target, _policy_of(target, None), params, args, kwargs)
     weights = named(own)
-    return {path: _sum(weights[path], adapter, uses[path][0]) for path, adapter in adapters.items()}
+    return {path: _sum(weights[path], adapter, uses.by_path[path][0]) for path, adapter in adapters.items()}
 
 
 def _sum(weight: Any, adapter: Adapter, use: Use) -> jax.Array:

@@ -17,6 +17,9 @@ import jax
 from flax import nnx
 
 from precision_lab.nn.carried import LORA, LORA_FACTOR, SCALES, adapters_of, given_scales
+from precision_lab.nn.fake_quant import QuantParam
+from precision_lab.nn.qat import QAT
+from precision_lab.nn.quantizer_states import STATES, QuantizerStates
 from precision_lab.policy import Policy
 from precision_lab.rewrite import SiteTable, call, sites_of_function
 
@@ -25,7 +28,9 @@ def nnx_under_policy(model: nnx.Module, policy: Policy) -> Any:
     """Returns a copy of `model` under `policy`; a policy that it already has is replaced."""
     copy = nnx.clone(model)
     _refuse_policies_inside(copy)
-    nnx.update(copy, policy.cast_to_param(nnx.state(copy, nnx.Param)))
+    if hasattr(copy, STATES):
+        delattr(copy, STATES)
+    nnx.update(copy, policy.cast_to_param(nnx.state(copy, nnx.All(nnx.Param, nnx.Not(QuantParam)))))
     plain = _plain_class(type(copy))
     if isinstance(copy, CONTAINERS) or not _methods(plain):
         raise TypeError(f"{plain.__name__} has no __call__; apply the policy to a function of its parameters instead.")
@@ -70,6 +75,30 @@ def carried_by(model: nnx.Module) -> dict[str, Any]:
         arrays = {path: {key: one.get_raw_value() for key, one in pair.items()} for path, pair in pairs.items()}
         carried["adapters"] = adapters_of(arrays, factor.get_raw_value())
     return carried
+
+
+def nnx_under_qat(model: nnx.Module, qat: QAT, args: Any, kwargs: Any) -> Any:
+    """Returns a copy of `model` under a policy whose quantizers have a state, started from a call with real data."""
+    copy = nnx_under_policy(model, qat.policy)
+    if hasattr(copy, STATES):
+        raise ValueError(f"{type(copy).__name__} has an attribute {STATES!r}, where the states of quantizers would be.")
+    plain = _plain_class(type(copy))
+    pure = _pure(plain, "__call__", nnx.clone(copy), args, kwargs)
+    setattr(copy, STATES, QuantizerStates(qat.started(pure.fn, pure.params, [pure.rest], {}, types=_types(copy))))
+    copy.__class__ = _class_under_policy(plain, qat.policy, qat)
+    return copy
+
+
+def _call(model: Any, pure: _Pure, policy: Policy, qat: QAT | None, options: dict[str, Any]) -> Any:
+    """Returns what a call returns under a policy; moves the running numbers of quantizers in training."""
+    if qat is None:
+        return call(pure.fn, policy, pure.params, [pure.rest], {}, **options, **carried_by(model))
+    states = getattr(model, STATES)
+    train = not states.use_running_average
+    out, after = qat.stepped(pure.fn, pure.params, [pure.rest], {}, states.state, train=train, **options)
+    if train:
+        states.move(after)
+    return out
 
 
 def _refuse_policies_inside(model: nnx.Module) -> None:
@@ -176,16 +205,16 @@ def _attributes(model: nnx.Module) -> dict[tuple[str, str], Any]:
 
 
 @functools.cache
-def _class_under_policy(plain: type, policy: Policy) -> type:
+def _class_under_policy(plain: type, policy: Policy, qat: QAT | None = None) -> type:
     """Returns the subclass of `plain` whose calls follow `policy`; the same one each time, as jit caches need."""
 
     def under_policy(name: str) -> Callable[..., Any]:
         @functools.wraps(getattr(plain, name))
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
             pure = _pure(plain, name, self, args, kwargs)
-            options = {"types": _types(self), "every_rule": name == "__call__", **carried_by(self)}
+            options = {"types": _types(self), "every_rule": name == "__call__"}
             try:
-                out, changed, moved = call(pure.fn, policy, pure.params, [pure.rest], {}, **options)
+                out, changed, moved = _call(self, pure, policy, qat, options)
             except _HandsOutAPartError:
                 return getattr(plain, name)(self, *args, **kwargs)
             _write_back(self, args, kwargs, changed, moved)
@@ -194,7 +223,8 @@ def _class_under_policy(plain: type, policy: Policy) -> type:
         return method
 
     members = {name: under_policy(name) for name in _methods(plain)}
-    return _subclass(plain, {**members, "precision_policy": policy}, (_class_from_text, plain, str(policy)))
+    recipe = (_class_from_text, plain, str(policy), None if qat is None else qat.schedule)
+    return _subclass(plain, {**members, "precision_policy": policy, "precision_qat": qat}, recipe)
 
 
 def _write_back(model: nnx.Module, args: Any, kwargs: Any, changed: nnx.State, moved: Any) -> None:
@@ -212,9 +242,10 @@ def _write_back(model: nnx.Module, args: Any, kwargs: Any, changed: nnx.State, m
         setattr(modules[path], name, value)
 
 
-def _class_from_text(plain: type, policy: str) -> type:
+def _class_from_text(plain: type, policy: str, schedule: tuple[Any, ...] | None = None) -> type:
     """Returns the class under the policy that a string describes; for pickles."""
-    return _class_under_policy(plain, Policy.parse(policy))
+    qat = None if schedule is None else QAT(policy, *schedule)
+    return _class_under_policy(plain, Policy.parse(policy), qat)
 
 
 class _OpenScopes(threading.local):

@@ -10,6 +10,7 @@ from precision_lab.rewrite.api import (
     trace,
 )
 from precision_lab.rewrite.harvest import Collector, harvest
+from precision_lab.rewrite.held import Held, StateMark
 from precision_lab.rewrite.marks import OUTPUT, SHADOW, Mark, mark, observing
 from precision_lab.rewrite.parameters import Use, Uses, is_qtensor
 from precision_lab.rewrite.regions import full_precision
@@ -20,9 +21,11 @@ __all__ = [
     "SHADOW",
     "Adapter",
     "Collector",
+    "Held",
     "Mark",
     "Site",
     "SiteTable",
+    "StateMark",
     "Traced",
     "Use",
     "Uses",

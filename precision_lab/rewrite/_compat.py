@@ -351,8 +351,10 @@ def bilinear_primitive(
 
 def marker_primitive(
     name: str, *, tangent: Callable[[Any], Any], cotangent: Callable[[Any], Any]
-) -> tuple[jex.Primitive, Callable[[jax.Array, Any], jax.Array]]:
-    """Returns a new primitive, an identity that lowers to nothing, and the function `(x, mark)` that binds it.
+) -> tuple[jex.Primitive, Callable[..., jax.Array]]:
+    """Returns a new primitive, an identity that lowers to nothing, and what binds it: `(x, mark, *carried)`.
+
+    Carried arrays have no part in the result; a mark that carries some is not put on tangents.
 
     Args:
       name: how it prints.
@@ -361,21 +363,26 @@ def marker_primitive(
     """
     primitive = jex.Primitive(name)
 
-    def bind_mark(x: Any, mark: Any) -> Any:
-        return primitive.bind(x, mark=mark)
+    def bind_mark(x: Any, mark: Any, *carried: Any) -> Any:
+        return primitive.bind(x, *carried, mark=mark)
 
     def jvp(primals: Any, tangents: Any, *, mark: Any) -> tuple[Any, Any]:
-        moved = tangents[0] if type(tangents[0]) is ad.Zero else bind_mark(tangents[0], tangent(mark))
-        return bind_mark(primals[0], mark), moved
+        plain = type(tangents[0]) is ad.Zero or len(primals) > 1
+        return bind_mark(primals[0], mark, *primals[1:]), tangents[0] if plain else bind_mark(
+            tangents[0], tangent(mark)
+        )
 
     def transpose(ct: Any, x: Any, *, mark: Any) -> list[Any]:
         del x
         return [ct if type(ct) is ad.Zero else bind_mark(ct, cotangent(mark))]
 
-    primitive.def_impl(lambda x, *, mark: x)
-    primitive.def_abstract_eval(lambda x, *, mark: x)
-    mlir.register_lowering(primitive, lambda _, x, *, mark: [x])
+    primitive.def_impl(lambda x, *_, mark: x)
+    primitive.def_abstract_eval(lambda x, *_, mark: x)
+    mlir.register_lowering(primitive, lambda _, x, *__, mark: [x])
     ad.primitive_jvps[primitive] = jvp
     ad.primitive_transposes[primitive] = transpose
-    batching.defvectorized(primitive)
+    batching.primitive_batchers[primitive] = lambda given, dims, *, mark: (
+        bind_mark(given[0], mark, *given[1:]),
+        dims[0],
+    )
     return primitive, bind_mark

@@ -12,7 +12,6 @@ import numpy as np
 
 from precision_lab.policy import Policy
 from precision_lab.quant import QTensor
-from precision_lab.quant.core import Given
 from precision_lab.rewrite.adapters import Adapter
 from precision_lab.rewrite.interpreter import evaluate
 from precision_lab.rewrite.marks import observing
@@ -75,7 +74,7 @@ def call(
     every_rule: bool = True,
     amaxes: Mapping[str, Mapping[str, Any]] | None = None,
     margin: int = 0,
-    given: Mapping[str, Mapping[str, Given]] | None = None,
+    given: Mapping[str, Mapping[str, Any]] | None = None,
     uses: Uses | None = None,
     adapters: Mapping[str, Adapter] | None = None,
 ) -> Any:
@@ -89,7 +88,8 @@ def call(
       amaxes: magnitudes, by site and role, to make scales of in place of those of the tensors themselves; see
         `scaled_sites`.
       margin: bits of headroom of such scales.
-      given: scales, zero points and offsets, by site and role ("lhs", "rhs"), that quantizers take as they are.
+      given: by site and role ("lhs", "rhs"), a `Given` of scales, zero points and offsets that a quantizer takes as
+        they are, or a `Held` state. In a scan over layers, arrays have a leading axis for the layers.
       uses: where to note how each parameter is used; for a call that is only traced.
       adapters: by the path of a parameter, what is added to it in its products, in low rank.
 
@@ -146,7 +146,7 @@ def planned(
     every_rule: bool = True,
     everything: bool = False,
     amaxes: Mapping[str, Amaxes] | None = None,
-    given: Mapping[str, Mapping[str, Given]] | None = None,
+    given: Mapping[str, Mapping[str, Any]] | None = None,
     adapters: Mapping[str, Adapter] | None = None,
     every_product: bool = False,
 ) -> tuple[Plan, SiteTable]:

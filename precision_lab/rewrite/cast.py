@@ -23,6 +23,7 @@ from precision_lab.policy import Accumulator, Treatment
 from precision_lab.quant.core import Given
 from precision_lab.rewrite import _compat
 from precision_lab.rewrite.bilinear import Layout, Layouts, Matmul, Term, as_matmul, convolution
+from precision_lab.rewrite.held import Held, quantized_by
 from precision_lab.rewrite.packed import block_rows, product_in_blocks
 from precision_lab.rewrite.parameters import dense, is_stored
 from precision_lab.rewrite.quantized import NOTHING_GIVEN, Codes, codes_of, fake_quantized, have_codes, why_no_codes
@@ -200,7 +201,7 @@ def cast_product(
     *,
     before: tuple[Any, Any] | None = None,
     of_tangents: bool = False,
-    given: tuple[Given, Given] = (NOTHING_GIVEN, NOTHING_GIVEN),
+    given: tuple[Any, Any] = (NOTHING_GIVEN, NOTHING_GIVEN),
 ) -> jax.Array:
     """Evaluates a dot_general or conv_general_dilated equation as `how` says.
 
@@ -211,8 +212,8 @@ def cast_product(
       before: quantizer of each operand before the product, whose estimators take part in the derivative.
       of_tangents: whether an operand may be a tangent. Then JAX will transpose the product rather than differentiate
         it, for which it has to be the bilinear primitive itself.
-      given: of each operand, what its quantizer is not to find itself; in the shape that scales have in a matrix
-        product, or scalars.
+      given: of each operand, what its quantizer is not to find itself, in the shape that scales have in a matrix
+        product, or scalars; or a state, whose values are always multiplied as they are, not as codes.
     """
     layouts = layouts_of(eqn, lhs.shape, rhs.shape)
     if before is not None:
@@ -244,7 +245,7 @@ def _bilinear_product(term: Term, how: Casting) -> jax.Array:
 
 
 def _product_of_quantized(
-    layouts: Layouts, operands: Pair, how: Casting, before: Pair, given: tuple[Given, Given]
+    layouts: Layouts, operands: Pair, how: Casting, before: Pair, given: tuple[Any, Any]
 ) -> jax.Array:
     """Returns the product of operands that are quantized first: of their codes where `how` can, else of values."""
     sides = list(zip(operands, before, layouts.op.contracted(), layouts.operands, given, strict=True))
@@ -252,7 +253,7 @@ def _product_of_quantized(
         return _product_in_blocks(_values(*sides[0]), operands[1], rows, how)
     values = [_values(*side) for side in sides]
     plain = dataclasses.replace(how, operands=tuple(dataclasses.replace(one, quantizer=None) for one in how.operands))
-    if how.codes is None or not layouts.op.takes_codes():
+    if how.codes is None or not layouts.op.takes_codes() or any(isinstance(each, Held) for each in given):
         return product_of(Term(layouts.op, *values), plain)
     return _with_derivative(layouts.op, plain, how)(*values, *(part for side in sides for part in _codes(*side)))
 
@@ -265,12 +266,12 @@ def _product_in_blocks(x: jax.Array, weight: Any, rows: int, how: Casting) -> ja
     return _as_result(total, how)
 
 
-def _values(x: Any, quantizer: Any, axes: tuple[int, ...], layout: Layout, given: Given) -> jax.Array:
+def _values(x: Any, quantizer: Any, axes: tuple[int, ...], layout: Layout, given: Any) -> jax.Array:
     """Returns an operand on the grid of its quantizer, in the shape in which it is multiplied."""
     if is_stored(x):
         return layout(x.values())
     x = layout(dense(x))
-    return x if quantizer is None else fake_quantized(x, quantizer, axes, given)
+    return x if quantizer is None else quantized_by(x, quantizer, axes, given)
 
 
 def _codes(x: Any, quantizer: Any, axes: tuple[int, ...], layout: Layout, given: Given) -> Codes:

@@ -29,6 +29,8 @@ class Collector(NamedTuple):
       merge: joins two of these.
       empty: from the shapes of such a pytree to the one that changes nothing when merged.
       stacked: whether a scan keeps one per iteration on a new first axis, instead of merging them.
+      differentiable: whether the outputs of the harvest are to be differentiated, what is collected being constant.
+        Then there must be nothing to collect inside a custom derivative.
     """
 
     wants: Callable[[Mark], bool]
@@ -36,13 +38,16 @@ class Collector(NamedTuple):
     merge: Callable[[Any, Any], Any]
     empty: Callable[[Any], Any]
     stacked: bool = False
+    differentiable: bool = False
 
 
 def harvest(jaxpr: Any, operands: Sequence[Any], collector: Collector) -> tuple[Values, Found]:
     """Returns the outputs of a closed jaxpr and what was collected, in the order of execution.
 
-    The result cannot be differentiated; observe what has been differentiated instead.
+    The result cannot be differentiated, unless the collector says so; observe what has been differentiated instead.
     """
+    if collector.differentiable:
+        return _evaluate(jaxpr, operands, collector)
 
     @jax.custom_jvp
     def run(*given: Any) -> tuple[Values, list[Any]]:
@@ -109,10 +114,12 @@ def _evaluate(jaxpr: Any, operands: Sequence[Any], collector: Collector, again: 
     for eqn in jaxpr.eqns:
         given = [read(atom) for atom in eqn.invars]
         if eqn.primitive.name == MARKED:
-            out, new = given, {}
+            out, new = given[:1], {}
             if _is_collected(eqn.params["mark"], collector, again):
-                seen.append((eqn.params["mark"], given[0]))
+                seen.append((eqn.params["mark"], given[1:] or given[0]))
                 inner.append(False)
+            elif collector.differentiable:
+                out = _compat.bind(eqn, given)
         else:
             with _compat.as_traced(eqn):
                 out, new = _execute(eqn, given, collector, again)
@@ -200,16 +207,34 @@ def _jit(eqn: Any, run: Sequence[Callable], given: Values, collector: Collector)
 
 def _inline(eqn: Any, run: Sequence[Callable], given: Values, collector: Collector) -> tuple[Values, Found]:
     """Evaluates the body of a custom derivative, which is not differentiated any more, in place."""
-    del eqn, collector
+    if collector.differentiable:
+        raise ValueError(
+            f"a quantizer with a state is inside a custom derivative ({_compat.function_name(eqn)}), whose own "
+            "rule would pass it over: leave its products out by a rule, or differentiate what is written out."
+        )
     return run[0](*given)
 
 
 def _remat(eqn: Any, run: Sequence[Callable], given: Values, collector: Collector) -> tuple[Values, Found]:
     """Evaluates a checkpoint in place, behind the barrier that keeps XLA from undoing it."""
-    del collector
+    if collector.differentiable and not eqn.params["differentiated"]:
+        return _checkpoint(eqn, run[0], given)
     if eqn.params["differentiated"] and eqn.params["prevent_cse"]:
         given = list(lax.optimization_barrier(tuple(given)))
     return run[0](*given)
+
+
+def _checkpoint(eqn: Any, run: Callable, given: Values) -> tuple[Values, Found]:
+    """Rebuilds a checkpoint that is yet to be differentiated."""
+    flat = _Flat([])
+
+    def body(*operands: Any) -> tuple[Values, list[Any]]:
+        out, found = run(*operands)
+        flat.marks[:] = found
+        return out, flat.of(found)
+
+    out, collected = jax.checkpoint(body, **{key: eqn.params[key] for key in ("prevent_cse", "policy")})(*given)
+    return out, flat.back(collected)
 
 
 def _scan(eqn: Any, run: Sequence[Callable], given: Values, collector: Collector) -> tuple[Values, Found]:

@@ -16,12 +16,15 @@ from jax import lax
 from precision_lab.rewrite import _compat
 from precision_lab.rewrite.adapters import adapted, is_matrix
 from precision_lab.rewrite.bilinear import contracted_axes
-from precision_lab.rewrite.cast import PRODUCT, cast_product
+from precision_lab.rewrite.cast import PRODUCT, cast_product, layouts_of
+from precision_lab.rewrite.held import require_state
 from precision_lab.rewrite.lookup import looked_up
 from precision_lab.rewrite.marks import OPERANDS, OUTPUT, SHADOW, mark_value
 from precision_lab.rewrite.operations import Operate, as_traced, like_operand, operate, rounded
 from precision_lab.rewrite.parameters import Parameter, can_scan, dense, is_stored, passed
+from precision_lab.rewrite.quantized import NOTHING_GIVEN
 from precision_lab.rewrite.scaled import scaled_product
+from precision_lab.rewrite.slicing import given_arrays, with_given_arrays
 from precision_lab.rewrite.steps import Cast, Enter, Lookup, Observed, Plan
 
 Values = list[Any]
@@ -79,10 +82,13 @@ def _takes_parameters(step: Any, eqn: Any, given: Values) -> bool:
 def _product(step: Cast, eqn: Any, given: Values) -> Any:
     """Evaluates a product of operands of which some may be parameters that are not arrays yet."""
     operands = list(given)
+    _require_states(step, operands)
     for operand, quantizer in enumerate(step.before or (None, None)):
         x = operands[operand]
         if isinstance(x, Parameter):
-            x.noted(step.site, quantizer, contracted_axes(eqn, operand), is_matrix(eqn, operand))
+            layout = layouts_of(eqn, given[0].shape, given[1].shape).operands[operand]
+            axes = contracted_axes(eqn, operand)
+            x.noted(step.site, quantizer, axes, OPERANDS[operand], layout, is_matrix(eqn, operand))
             operands[operand] = x if is_stored(x) and quantizer is not None else x.values().astype(x.dtype)
     options = {"before": step.before, "of_tangents": step.of_tangents, "given": step.given}
     out = cast_product(eqn, operands[0], operands[1], step.casting, **options)
@@ -90,6 +96,15 @@ def _product(step: Cast, eqn: Any, given: Values) -> Any:
         return out
     operand, adapter = step.adapter
     return adapted(eqn, dense(given[1 - operand]), out, adapter, operand, step.treatment)
+
+
+def _require_states(step: Cast, operands: Values) -> None:
+    """Raises ValueError where a quantizer of a product asks for a state that it has not."""
+    known = step.given if step.before else (NOTHING_GIVEN, NOTHING_GIVEN)
+    for role, x, one, given in zip(OPERANDS, operands, step.casting.operands, known, strict=True):
+        if not is_stored(x):
+            require_state(step.site, role, one.quantizer, given)
+    require_state(step.site, "cotangent", step.casting.cotangent.quantizer, NOTHING_GIVEN)
 
 
 def _scaled(step: Cast, eqn: Any, given: Values) -> Any:
@@ -106,7 +121,7 @@ def _enter(step: Enter, eqn: Any, given: Values) -> Values:
         inner = [_callable(plan, part.jaxpr, _evaluate) for plan, part in zip(step.plans, parts, strict=True)]
         return list(_REBUILD[name](eqn, inner, given))
     if name == "scan":
-        return _scan(eqn, _callable(step.plans[0], parts[0].jaxpr), given)
+        return _scan(step, eqn, parts[0].jaxpr, given)
     given = as_traced(eqn.invars, given)
     if name in _compat.CUSTOM_RULES:
         return _compat.bind_custom_rule(eqn, given, functools.partial(_rewritten, step))
@@ -161,20 +176,25 @@ def _remat(eqn: Any, inner: Sequence[Callable], given: Values) -> Values:
     return jax.checkpoint(inner[0], prevent_cse=eqn.params["prevent_cse"], policy=policy)(*given)
 
 
-def _scan(eqn: Any, run: Callable[..., Values], given: Values) -> Values:
-    """Rebuilds a scan."""
+def _scan(step: Enter, eqn: Any, jaxpr: Any, given: Values) -> Values:
+    """Rebuilds a scan; one over layers slices what is given to their quantizers too."""
+    plan = step.plans[0]
+    known = given_arrays(plan) if step.is_over_layers else []
     consts, carry = _compat.scan_arity(eqn)
     whole = [
         x if isinstance(x, Parameter) else as_traced([atom], [x])[0] for atom, x in zip(eqn.invars, given, strict=True)
     ]
 
-    def body(state: Values, x: Values) -> tuple[Values, Values]:
+    def body(state: Values, of_layer: tuple[Values, Values]) -> tuple[Values, Values]:
+        x, own = of_layer
+        run = _callable(with_given_arrays(plan, own) if own else plan, jaxpr)
         slices = [each.sliced() if isinstance(each, Parameter) else each for each in x]
         out = run(*whole[:consts], *state, *slices)
         return out[:carry], out[carry:]
 
     options = {key: eqn.params[key] for key in ("length", "reverse", "unroll")}
-    state, ys = lax.scan(body, [dense(x) for x in whole[consts : consts + carry]], whole[consts + carry :], **options)
+    start, xs = [dense(x) for x in whole[consts : consts + carry]], (whole[consts + carry :], known)
+    state, ys = lax.scan(body, start, xs, **options)
     return [*state, *ys]
 
 

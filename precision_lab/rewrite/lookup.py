@@ -11,6 +11,7 @@ import numpy as np
 
 from precision_lab.quant import QTensor
 from precision_lab.rewrite import _compat
+from precision_lab.rewrite.held import Held, quantized_by, require_state
 from precision_lab.rewrite.parameters import Parameter, is_stored
 from precision_lab.rewrite.quantized import fake_quantized
 from precision_lab.rewrite.steps import Lookup
@@ -38,12 +39,14 @@ def looked_up(eqn: Any, table: Any, indices: jax.Array, step: Lookup) -> jax.Arr
     if is_stored(table):
         return _from_stored(eqn, table, indices).astype(dtype)
     if isinstance(table, Parameter):
-        table.noted(step.site, step.quantizer, axes)
+        table.noted(step.site, step.quantizer, axes, "lhs", lambda scales: scales)
         table = table.values()
-    if step.quantizer.granularity.kind in _OF_A_ROW and step.given.scale is None and len(axes) == 1:
+    require_state(step.site, "table", step.quantizer, step.given)
+    by_row = step.quantizer.granularity.kind in _OF_A_ROW and len(axes) == 1
+    if by_row and not isinstance(step.given, Held) and step.given.scale is None:
         rows = _bind(eqn, table, indices)
         return fake_quantized(rows, step.quantizer, (rows.ndim - 1,)).astype(dtype)
-    return _bind(eqn, fake_quantized(table, step.quantizer, axes, step.given), indices).astype(dtype)
+    return _bind(eqn, quantized_by(table, step.quantizer, axes, step.given), indices).astype(dtype)
 
 
 def _from_stored(eqn: Any, table: Parameter, indices: jax.Array) -> jax.Array:

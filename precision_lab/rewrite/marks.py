@@ -6,6 +6,7 @@ to the cotangent, so one mark in a forward pass also finds the gradient of the v
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -87,3 +88,8 @@ def mark_value(x: Any, site: str, role: str, fmt: Any = None, cotangent_fmt: Any
         return x
     own = formats.format(x.dtype)
     return _bind(jnp.asarray(x), Mark(site, role, fmt or own, cotangent_fmt or own))
+
+
+def carry(x: jax.Array, mark: Any, carried: Sequence[Any]) -> jax.Array:
+    """Returns `x` with a mark that carries arrays, which a harvest gets in place of `x`."""
+    return _bind(x, mark, *carried)

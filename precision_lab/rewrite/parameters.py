@@ -7,6 +7,8 @@ take its codes; whatever else uses it gets its values.
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from precision_lab.quant import QTensor, Quantizer
+from precision_lab.quant.tiles import Tiles
 from precision_lab.rewrite.quantized import Codes, codes_in
 
 
@@ -45,6 +48,9 @@ class Uses:
 
     def __init__(self) -> None:
         self.by_path: dict[str, list[Use]] = {}
+        self.places: dict[
+            str, dict[tuple[str, str], np.ndarray]
+        ] = {}  # by path, site and operand; see `Parameter.noted`
 
     def note(self, path: str, use: Use) -> None:
         """Adds a use."""
@@ -122,12 +128,28 @@ class Parameter:
         """Returns a slice of a scan, whose first axis JAX has taken off the arrays."""
         return dataclasses.replace(self, order=tuple(axis - 1 for axis in self.order[1:]))
 
-    def noted(self, site: str, quantizer: Quantizer | None, axes: tuple[int, ...], is_matrix: bool = False) -> None:
-        """Notes that a site takes it, contracting `axes` as it is used there."""
-        if self.uses is not None:
-            own = tuple(self.order[axis] for axis in axes)
-            use = Use(site, quantizer, own, self.rank - self.ndim, self.dtype, self.order, is_matrix)
-            self.uses.note(self.path, use)
+    def noted(
+        self,
+        site: str,
+        quantizer: Quantizer | None,
+        axes: tuple[int, ...],
+        role: str,
+        layout: Callable[[Any], Any],
+        is_matrix: bool = False,
+    ) -> None:
+        """Notes that a site takes it as one operand, contracting `axes` as it is used there, in a layout.
+
+        Of a quantizer with scales also where these are in the product: their numbers, counted as they are stored.
+        """
+        if self.uses is None:
+            return
+        own = tuple(self.order[axis] for axis in axes)
+        use = Use(site, quantizer, own, self.rank - self.ndim, self.dtype, self.order, is_matrix)
+        self.uses.note(self.path, use)
+        if quantizer is not None and quantizer.format.kind != "block":
+            shape = Tiles.of(shape_of(self.value), quantizer.granularity, own).scale_shape
+            numbers = np.arange(math.prod(shape)).reshape(shape)
+            self.uses.places.setdefault(self.path, {})[site, role] = layout(numbers.transpose(self.order))
 
 
 def is_stored(value: Any) -> bool:

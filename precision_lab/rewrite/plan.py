@@ -17,15 +17,14 @@ import numpy as np
 
 from precision_lab.policy import OP_TABLE, Policy, Treatment
 from precision_lab.policy.ops import ACTIVATIONS
-from precision_lab.quant.core import Given
 from precision_lab.rewrite import _compat
 from precision_lab.rewrite.adapters import Adapter, is_matrix
 from precision_lab.rewrite.cast import casting_of, quantizers_of
 from precision_lab.rewrite.equations import UNSUPPORTED, already, describe, flops, why_not
+from precision_lab.rewrite.held import at_site
 from precision_lab.rewrite.lookup import LOOKUP, looks_up_rows
-from precision_lab.rewrite.marks import MARKED
+from precision_lab.rewrite.marks import MARKED, OPERANDS
 from precision_lab.rewrite.operations import CASTABLE, Operate, is_castable
-from precision_lab.rewrite.quantized import NOTHING_GIVEN
 from precision_lab.rewrite.scaled import Amaxes
 from precision_lab.rewrite.sites import FULL_PRECISION, PRODUCTS, Site, SiteTable, clean_scope, module_types
 from precision_lab.rewrite.steps import Cast, Enter, Lookup, Observed, Plan
@@ -58,7 +57,7 @@ class Planner:
         everything: bool = False,
         observing: bool = False,
         amaxes: Mapping[str, Amaxes] | None = None,
-        given: Mapping[str, Mapping[str, Given]] | None = None,
+        given: Mapping[str, Mapping[str, Any]] | None = None,
         adapters: Mapping[str, Adapter] | None = None,
         every_product: bool = False,
     ) -> None:
@@ -77,6 +76,7 @@ class Planner:
         self._default_precision = _compat.default_precision()
         self._call: Sequence[Site] | None = None
         self._of_tangents = False
+        self._scans: tuple[bool, ...] = ()  # of each scan around, outermost first, whether it slices parameters
         # Custom derivatives are typed for what was traced, so operations inside them stay as they are.
         self._reaches_operations = everything or policy.reaches_operations
 
@@ -93,7 +93,7 @@ class Planner:
         planner = Planner(self.policy, self.root, self.types, **options)
         planner._counts = collections.Counter(counts)
         planner._default_precision = self._default_precision
-        planner._call = self._call if call is None else call
+        planner._call, planner._scans = self._call if call is None else call, self._scans
         planner._of_tangents = self._of_tangents or of_tangents
         planner._reaches_operations = False
         return planner
@@ -158,7 +158,7 @@ class Planner:
         self.sites.append(dataclasses.replace(site, treatment=None if reason else treatment, reason=reason))
         if reason or treatment.embedding is None:
             return None
-        return Lookup(treatment.embedding, site.name, self._given.get(site.name, {}).get("lhs", NOTHING_GIVEN))
+        return Lookup(treatment.embedding, site.name, at_site(self._given, site.name, "lhs", self._scans))
 
     def _operation(self, eqn: Any, site: Site | None, scope: str) -> Operate | None:
         """Decides on an operation that is not a product, and records it as a site if it computes with floats."""
@@ -188,7 +188,9 @@ class Planner:
         """Plans the jaxprs inside an equation."""
         outputs: Origins = [None] * len(eqn.outvars)
         counts, first = dict(self._counts), len(self.sites)
-        plans, of_tangents, operations = [], self._of_tangents, self._reaches_operations
+        plans, of_tangents, operations, scans = [], self._of_tangents, self._reaches_operations, self._scans
+        layers = eqn.primitive.name == "scan" and any(map(_is_path, sources[sum(_compat.scan_arity(eqn)) :]))
+        self._scans += (layers,) * (eqn.primitive.name == "scan")
         # What a linear solve maps linearly is transposed, like a tangent.
         self._of_tangents |= eqn.primitive.name == _compat.LINEAR_SOLVE
         if eqn.primitive.name in _compat.CUSTOM_RULES | {_compat.LINEAR_SOLVE}:
@@ -198,7 +200,7 @@ class Planner:
             plans.append(plan)
             if eqn.primitive.name not in ("scan", "while", "cond", _compat.LINEAR_SOLVE):
                 outputs = returned
-        self._of_tangents, self._reaches_operations = of_tangents, operations
+        self._of_tangents, self._reaches_operations, self._scans = of_tangents, operations, scans
         autocast = self.policy.ops == "autocast" and not _is_full_precision(scope)
         is_activation = autocast and _compat.function_name(eqn) in ACTIVATIONS
         empty = all(plan.is_empty for plan in plans) and not _compat.rule_may_hold(eqn, PRODUCTS)
@@ -214,7 +216,7 @@ class Planner:
             plan, kept[:] = planner.walk(jaxpr, origins, scope)
             return plan
 
-        return Enter(tuple(plans), replan, is_activation), outputs
+        return Enter(tuple(plans), replan, is_activation, layers), outputs
 
     def _product(self, eqn: Any, sources: Origins, scope: str) -> Cast | None:
         """Names a product, asks the policy about it and records it as a site."""
@@ -235,10 +237,9 @@ class Planner:
         parameters = (_is_path(sources[0]), _is_path(sources[1]))
         result = self._result(eqn, treatment)
         casting, before = casting_of(treatment, parameters, result)
-        of = self._given.get(site.name, {})
-        given = (of.get("lhs", NOTHING_GIVEN), of.get("rhs", NOTHING_GIVEN))
+        given = tuple(at_site(self._given, site.name, role, self._scans) for role in OPERANDS)
         amaxes = self._amaxes.get(site.name)
-        return Cast(treatment, casting, before, self._of_tangents, site.name, amaxes, given, adapter)
+        return Cast(treatment, casting, before, self._of_tangents, site.name, amaxes, (given[0], given[1]), adapter)
 
     def _adapter(self, eqn: Any, sources: Origins) -> tuple[int, Adapter] | None:
         """Returns which operand of a product has an adapter, and that."""

@@ -39,14 +39,13 @@ def fake_quantized(
       given: scale, zero point and offset that are not to be found in `x`.
     """
     x = x.astype(jnp.float32)
-    key = _key_of(x) if quantizer.rounding == "stochastic" else None
-    return fake_quantize(x, quantizer, axis=axes, key=key, **given._asdict())
+    return fake_quantize(x, quantizer, axis=axes, key=key_for(x, quantizer), **given._asdict())
 
 
 def codes_of(x: jax.Array, quantizer: Quantizer, axes: tuple[int, ...], given: Given = NOTHING_GIVEN) -> Codes:
     """Returns the codes and scales whose products are those of `fake_quantized`."""
     x = x.astype(jnp.float32)
-    key = _key_of(x) if quantizer.rounding == "stochastic" else None
+    key = key_for(x, quantizer)
     axes = tuple(axis % x.ndim for axis in axes)
     tiles = Tiles.of(x.shape, quantizer.granularity, axes)
     parts = quantize_parts(x, tiles, given, quantizer, static_params(quantizer), key)
@@ -95,12 +94,14 @@ def _dtype(quantizer: Quantizer) -> Any:
     return fmt.dtype if fmt.kind == "float" and fmt.bits == 8 else None
 
 
-def _key_of(x: jax.Array) -> jax.Array:
-    """Returns a key made of the array's own bits.
+def key_for(x: jax.Array, quantizer: Quantizer) -> jax.Array | None:
+    """Returns a key made of a float32 array's own bits, for a quantizer that rounds at random; None for others.
 
     A policy has no place for a key that changes with every step, but arrays do change: the same array is rounded the
     same way each time, and another one independently of it.
     """
+    if quantizer.rounding != "stochastic":
+        return None
     words = jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(-1)
     words = hashed(words ^ jnp.arange(words.size, dtype=jnp.uint32) * GOLDEN)
     return jax.random.key(jnp.sum(words, dtype=jnp.uint32), impl="threefry2x32")

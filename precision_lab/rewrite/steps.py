@@ -9,7 +9,6 @@ from typing import Any
 from precision_lab.formats import Format
 from precision_lab.policy import Treatment
 from precision_lab.quant import Quantizer
-from precision_lab.quant.core import Given
 from precision_lab.rewrite import _compat
 from precision_lab.rewrite.adapters import Adapter
 from precision_lab.rewrite.cast import Casting
@@ -29,7 +28,7 @@ class Cast:
       of_tangents: whether an operand may be a tangent, in which the product will be transposed.
       site: name of the site.
       amaxes: what scales are made of that come from outside, or None.
-      given: of each operand, what its quantizer is not to find itself.
+      given: of each operand, what its quantizer is not to find itself: a `Given`, or a `Held` state.
       adapter: which operand has an adapter, and that; or None.
     """
 
@@ -39,7 +38,7 @@ class Cast:
     of_tangents: bool
     site: str = ""
     amaxes: Amaxes | None = None
-    given: tuple[Given, Given] = (NOTHING_GIVEN, NOTHING_GIVEN)
+    given: tuple[Any, Any] = (NOTHING_GIVEN, NOTHING_GIVEN)
     adapter: tuple[int, Adapter] | None = None
 
 
@@ -50,12 +49,12 @@ class Lookup:
     Attributes:
       quantizer: how each row, or the whole table, is quantized.
       site: name of the site.
-      given: what the quantizer is not to find itself.
+      given: what the quantizer is not to find itself, likewise.
     """
 
     quantizer: Quantizer
     site: str
-    given: Given = NOTHING_GIVEN
+    given: Any = NOTHING_GIVEN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,11 +84,13 @@ class Enter:
       plans: one per inner jaxpr.
       replan: plans a jaxpr that stands in for the equation's own, such as a derivative rule's, under the same names.
       is_activation: whether its result returns to the type of its operand.
+      is_over_layers: whether it is a scan that slices parameters, so that each iteration has quantizers of its own.
     """
 
     plans: tuple[Plan, ...]
     replan: Callable[[Any, _compat.Part], Plan]
     is_activation: bool = False
+    is_over_layers: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,96 @@
+"""Held states: what the quantizer of one operand knows from outside, applied where the operand is quantized.
+
+The state after a step leaves through a mark on the quantized value, which a harvest reads. In a scan over layers, one
+that slices parameters, every layer has a state of its own, and a scan slices them too; in any other scan all
+iterations share one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from precision_lab.quant import Quantizer, QuantizerState, init_state, needs_state, quantize_with_state
+from precision_lab.quant.core import Given
+from precision_lab.rewrite.marks import carry
+from precision_lab.rewrite.quantized import NOTHING_GIVEN, fake_quantized, key_for
+
+_META = ["train", "delay", "freeze", "momentum", "site", "role", "scans"]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["state"], meta_fields=_META)
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """The state of one quantizer and how it is used.
+
+    Attributes:
+      state: the state, with leading axes for scans over layers; None where one is to be made: then the operand passes
+        as it is, and the state that would start from it is carried out.
+      train, delay, freeze, momentum: as for `quantize_with_state`.
+      site, role: where it is.
+      scans: of each scan around the site, outermost first, whether it is one over layers.
+    """
+
+    state: QuantizerState | None = None
+    train: bool = True
+    delay: int = 0
+    freeze: int | None = None
+    momentum: float = 0.1
+    site: str = ""
+    role: str = ""
+    scans: tuple[bool, ...] = ()
+
+    def quantized(self, x: jax.Array, quantizer: Quantizer, axes: tuple[int, ...]) -> jax.Array:
+        """Returns an operand on the grid of its quantizer, in float32; see `fake_quantized`."""
+        x = x.astype(jnp.float32)
+        if self.state is None:
+            return self._carrying(x, quantizer, init_state(quantizer, x, axis=axes))
+        options = {"train": self.train, "delay": self.delay, "momentum": self.momentum, "key": key_for(x, quantizer)}
+        value, after = quantize_with_state(x, quantizer, self.state, axis=axes, freeze=self.freeze, **options)
+        return self._carrying(value, quantizer, QuantizerState({}, after.running)) if self.train else value
+
+    def _carrying(self, value: jax.Array, quantizer: Quantizer, state: QuantizerState) -> jax.Array:
+        """Returns a value whose mark carries a state."""
+        leaves, structure = jax.tree.flatten(jax.lax.stop_gradient(state))
+        return carry(value, StateMark(self.site, self.role, quantizer, self.scans, structure), leaves)
+
+
+class StateMark(NamedTuple):
+    """What a mark that carries a state is: see `Held`; `structure` is that of the state."""
+
+    site: str
+    role: str
+    quantizer: Quantizer
+    scans: tuple[bool, ...]
+    structure: Any
+    is_cotangent: bool = False
+    is_tangent: bool = False
+
+
+def quantized_by(x: jax.Array, quantizer: Quantizer, axes: tuple[int, ...], given: Given | Held) -> jax.Array:
+    """Returns an operand on the grid of its quantizer, in float32, under what is known of it from outside."""
+    if isinstance(given, Held):
+        return given.quantized(x, quantizer, axes)
+    return fake_quantized(x, quantizer, axes, given)
+
+
+def at_site(given: Any, site: str, role: str, scans: tuple[bool, ...]) -> Any:
+    """Returns what is given for one operand, which knows where that is if it is a held state."""
+    found = given.get(site, {}).get(role, NOTHING_GIVEN)
+    return dataclasses.replace(found, site=site, role=role, scans=scans) if isinstance(found, Held) else found
+
+
+def require_state(site: str, role: str, quantizer: Quantizer | None, given: Any) -> None:
+    """Raises ValueError for a quantizer that asks for a state where it has none."""
+    if quantizer is None or isinstance(given, Held) or given.scale is not None or not needs_state(quantizer):
+        return
+    what = "a running range" if quantizer.calibration == "ema" else "a learned scale"
+    raise ValueError(
+        f"'{site}' quantizes its {role} by {str(quantizer)!r}, which has {what}, but no state that could hold it: "
+        "say pl.prepare_qat(model, policy, example) for a model of NNX, pl.prepare_qat(module, policy) for one of "
+        "Linen, or pl.QAT(policy) for a function, in place of apply_policy."
+    )
