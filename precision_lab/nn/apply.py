@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from flax import linen, nnx
@@ -11,12 +12,14 @@ from precision_lab.nn.linen_policy import linen_sites, linen_under_policy
 from precision_lab.nn.nnx_policy import nnx_sites, nnx_under_policy
 from precision_lab.nn.pure import require_function
 from precision_lab.policy import Policy
+from precision_lab.quant import QuantizerParams
 from precision_lab.rewrite import SiteTable, apply_to_function, sites_of_function
 
 Target = TypeVar("Target")
+_WITH_NUMBERS = ("weight", "activation", "attention", "embedding")
 
 
-def apply_policy(target: Target, policy: Any) -> Target:
+def apply_policy(target: Target, policy: Any, *, numbers: Mapping[str, QuantizerParams] | None = None) -> Target:
     """Returns `target` under `policy`; its code is not touched and need not know.
 
     Products (dot_general and conv_general_dilated) run in the policy's compute format with its accumulator, in the
@@ -26,6 +29,10 @@ def apply_policy(target: Target, policy: Any) -> Target:
     Args:
       target: an `nnx.Module` instance, a `linen.Module` instance, or a function `fn(params, *args, **kwargs)`.
       policy: a Policy, its string, a preset's name, or a jmp.Policy.
+      numbers: for a function: by setting ("weight", "activation", "attention", "embedding"), what its quantizers take
+        in place of their own numbers, as of `quant.quantizer_params` or, for vmap, `quant.stack_quantizers`. They may
+        be traced, so that a sweep over bit widths is one program. These products are simulated; weights that are
+        stored quantized stay as they are.
 
     Returns:
       The same kind of thing:
@@ -36,20 +43,36 @@ def apply_policy(target: Target, policy: Any) -> Target:
       a function of the same signature.
 
     Raises:
-      TypeError: `target` is none of these.
-      ValueError: the policy cannot be parsed; on a call, a rule that matches no site.
+      TypeError: `target` is none of these, or numbers are given for a model.
+      ValueError: the policy cannot be parsed, or numbers are for no setting; on a call, a rule that matches no site,
+        or a quantizer with a state ("lsq", "ema"), which `prepare_qat` and `QAT` hold.
 
     The policy acts on calls from outside: `model(...)` and every other public method in NNX (`model.encode(x)`),
     `apply` with any `method=` in Linen, where `bind` and `flax.linen.apply` are refused. Rules must each match a site
     of the model's `__call__`. Models under a policy can be copied and pickled, if their classes can.
     """
     policy = Policy.parse(policy)
+    if numbers is not None:
+        return _with_numbers(target, policy, numbers)
     if isinstance(target, nnx.Module):
         return nnx_under_policy(target, policy)
     if isinstance(target, linen.Module):
         return linen_under_policy(target, policy)
     require_function(target)
     return apply_to_function(target, policy)  # pyright: ignore[reportReturnType, reportArgumentType]
+
+
+def _with_numbers(target: Any, policy: Policy, numbers: Mapping[str, QuantizerParams]) -> Any:
+    """Returns a function under a policy whose quantizers have other numbers."""
+    if isinstance(target, (nnx.Module, linen.Module)):
+        raise TypeError(
+            f"numbers= are for functions, whose calls they can be traced with; make one of {type(target).__name__}: "
+            "lambda state, x: nnx.merge(graphdef, state)(x), or model.apply."
+        )
+    require_function(target)
+    if unknown := set(numbers) - set(_WITH_NUMBERS):
+        raise ValueError(f"numbers= are for the settings {', '.join(_WITH_NUMBERS)}, got {sorted(unknown)}.")
+    return apply_to_function(target, policy, numbers)
 
 
 def sites(target: Any, *args: Any, policy: Any = "float32", **kwargs: Any) -> SiteTable:

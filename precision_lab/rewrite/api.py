@@ -11,8 +11,9 @@ import jax
 import numpy as np
 
 from precision_lab.policy import Policy
-from precision_lab.quant import QTensor
+from precision_lab.quant import QTensor, QuantizerParams
 from precision_lab.rewrite.adapters import Adapter
+from precision_lab.rewrite.held import Known
 from precision_lab.rewrite.interpreter import evaluate
 from precision_lab.rewrite.marks import observing
 from precision_lab.rewrite.operations import is_castable
@@ -40,7 +41,7 @@ class Traced(NamedTuple):
     rebuild: Callable[[Sequence[Any]], Any]
 
 
-def apply_to_function(fn: Callable, policy: Policy) -> Callable:
+def apply_to_function(fn: Callable, policy: Policy, numbers: Mapping[str, QuantizerParams] | None = None) -> Callable:
     """Returns `fn(params, *args, **kwargs)` under `policy`, with the same signature.
 
     Products run in the policy's formats, in the forward and the backward pass; floating outputs are cast to its
@@ -50,6 +51,7 @@ def apply_to_function(fn: Callable, policy: Policy) -> Callable:
     Args:
       fn: function whose first argument is a pytree of parameters. Arguments that are not arrays stay Python values.
       policy: what to apply.
+      numbers: by setting, numbers of its quantizers that may be traced.
 
     Raises (when called):
       ValueError: a rule matches no site.
@@ -57,7 +59,7 @@ def apply_to_function(fn: Callable, policy: Policy) -> Callable:
 
     @functools.wraps(fn)
     def wrapped(params: Any, /, *args: Any, **kwargs: Any) -> Any:
-        return policy.cast_to_output(call(fn, policy, params, args, kwargs))
+        return policy.cast_to_output(call(fn, policy, params, args, kwargs, numbers=numbers))
 
     return wrapped
 
@@ -77,6 +79,7 @@ def call(
     given: Mapping[str, Mapping[str, Any]] | None = None,
     uses: Uses | None = None,
     adapters: Mapping[str, Adapter] | None = None,
+    numbers: Mapping[str, QuantizerParams] | None = None,
 ) -> Any:
     """Returns `fn(params, *args, **kwargs)` with its products under `policy`; its outputs keep their dtypes.
 
@@ -92,6 +95,7 @@ def call(
         they are, or a `Held` state. In a scan over layers, arrays have a leading axis for the layers.
       uses: where to note how each parameter is used; for a call that is only traced.
       adapters: by the path of a parameter, what is added to it in its products, in low rank.
+      numbers: by setting, numbers of its quantizers that may be traced; these products are simulated.
 
     Raises:
       ValueError: a rule matches no site, or the policy needs 64-bit mode.
@@ -101,7 +105,7 @@ def call(
     _require_x64(policy)
     traced = trace(fn, params, args, kwargs)
     scaled = {site: Amaxes(roles, margin) for site, roles in (amaxes or {}).items()}
-    options: dict[str, Any] = {"amaxes": scaled, "given": given, "adapters": adapters}
+    options: dict[str, Any] = {"amaxes": scaled, "given": Known(given or {}, numbers or {}), "adapters": adapters}
     options["every_product"] = uses is not None
     plan, _ = planned(traced, policy, root, types, every_rule=every_rule, **options)
     arrays = [
@@ -146,7 +150,7 @@ def planned(
     every_rule: bool = True,
     everything: bool = False,
     amaxes: Mapping[str, Amaxes] | None = None,
-    given: Mapping[str, Mapping[str, Any]] | None = None,
+    given: Known | None = None,
     adapters: Mapping[str, Adapter] | None = None,
     every_product: bool = False,
 ) -> tuple[Plan, SiteTable]:

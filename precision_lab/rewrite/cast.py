@@ -23,7 +23,7 @@ from precision_lab.policy import Accumulator, Treatment
 from precision_lab.quant.core import Given
 from precision_lab.rewrite import _compat
 from precision_lab.rewrite.bilinear import Layout, Layouts, Matmul, Term, as_matmul, convolution
-from precision_lab.rewrite.held import Held, quantized_by
+from precision_lab.rewrite.held import quantized_by, takes_codes
 from precision_lab.rewrite.packed import block_rows, product_in_blocks
 from precision_lab.rewrite.parameters import dense, is_stored
 from precision_lab.rewrite.quantized import NOTHING_GIVEN, Codes, codes_of, fake_quantized, have_codes, why_no_codes
@@ -253,7 +253,7 @@ def _product_of_quantized(
         return _product_in_blocks(_values(*sides[0]), operands[1], rows, how)
     values = [_values(*side) for side in sides]
     plain = dataclasses.replace(how, operands=tuple(dataclasses.replace(one, quantizer=None) for one in how.operands))
-    if how.codes is None or not layouts.op.takes_codes() or any(isinstance(each, Held) for each in given):
+    if how.codes is None or not layouts.op.takes_codes() or not all(map(takes_codes, given)):
         return product_of(Term(layouts.op, *values), plain)
     return _with_derivative(layouts.op, plain, how)(*values, *(part for side in sides for part in _codes(*side)))
 

@@ -8,16 +8,26 @@ iterations share one.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from precision_lab.quant import Quantizer, QuantizerState, init_state, needs_state, quantize_with_state
+from precision_lab.policy import Treatment
+from precision_lab.quant import (
+    Quantizer,
+    QuantizerParams,
+    QuantizerState,
+    init_state,
+    needs_state,
+    quantize_with_state,
+)
 from precision_lab.quant.core import Given
-from precision_lab.rewrite.marks import carry
+from precision_lab.rewrite.marks import OPERANDS, carry
 from precision_lab.rewrite.quantized import NOTHING_GIVEN, fake_quantized, key_for
+from precision_lab.rewrite.sites import Site
 
 _META = ["train", "delay", "freeze", "momentum", "site", "role", "scans"]
 
@@ -71,17 +81,56 @@ class StateMark(NamedTuple):
     is_tangent: bool = False
 
 
-def quantized_by(x: jax.Array, quantizer: Quantizer, axes: tuple[int, ...], given: Given | Held) -> jax.Array:
+class Numbers(NamedTuple):
+    """The numbers of a quantizer, which may be traced, in place of its own; see `fake_quantize`."""
+
+    params: QuantizerParams
+    given: Given
+
+    @property
+    def scale(self) -> Any:
+        """What the quantizer is not to find itself."""
+        return self.given.scale
+
+
+class Known(NamedTuple):
+    """What is given to quantizers: by site and operand, and numbers by setting ("weight", "activation", ...)."""
+
+    sites: Mapping[str, Mapping[str, Any]]
+    numbers: Mapping[str, QuantizerParams]
+
+
+def quantized_by(x: jax.Array, quantizer: Quantizer, axes: tuple[int, ...], given: Given | Held | Numbers) -> jax.Array:
     """Returns an operand on the grid of its quantizer, in float32, under what is known of it from outside."""
     if isinstance(given, Held):
         return given.quantized(x, quantizer, axes)
+    if isinstance(given, Numbers):
+        return fake_quantized(x, quantizer, axes, given.given, given.params)
     return fake_quantized(x, quantizer, axes, given)
 
 
-def at_site(given: Any, site: str, role: str, scans: tuple[bool, ...]) -> Any:
-    """Returns what is given for one operand, which knows where that is if it is a held state."""
-    found = given.get(site, {}).get(role, NOTHING_GIVEN)
-    return dataclasses.replace(found, site=site, role=role, scans=scans) if isinstance(found, Held) else found
+def takes_codes(given: Any) -> bool:
+    """Returns whether a quantizer under what is given can have its codes multiplied: those of its own numbers."""
+    return not isinstance(given, (Held, Numbers))
+
+
+def at_site(known: Known, site: Site, role: str, treatment: Treatment, scans: tuple[bool, ...]) -> Any:
+    """Returns what is given for one operand; a held state knows where it is.
+
+    Raises:
+      ValueError: numbers for a quantizer that is not simulated before its product, or has a state.
+    """
+    found = known.sites.get(site.name, {}).get(role, NOTHING_GIVEN)
+    setting = dict(zip(OPERANDS, site.quantized_by, strict=False)).get(role, "")
+    if setting in known.numbers and getattr(treatment, setting) is not None:
+        again = treatment.gradient is not None or treatment.backward in ("original", "requantized")
+        if isinstance(found, Held) or treatment.execution == "native" or (again and site.is_product):
+            raise ValueError(
+                f"'{site.name}': numbers= are for quantizers that are simulated before their product, without a state: "
+                "leave out execution=native, gradient=, backward= and 'lsq' or 'ema'."
+            )
+        return Numbers(known.numbers[setting], found)
+    return dataclasses.replace(found, site=site.name, role=role, scans=scans) if isinstance(found, Held) else found
 
 
 def require_state(site: str, role: str, quantizer: Quantizer | None, given: Any) -> None:

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from precision_lab.quant import QTensor
+from precision_lab.quant.core import Given
 from precision_lab.rewrite import _compat
-from precision_lab.rewrite.held import Held, quantized_by, require_state
+from precision_lab.rewrite.held import quantized_by, require_state
 from precision_lab.rewrite.parameters import Parameter, is_stored
 from precision_lab.rewrite.quantized import fake_quantized
 from precision_lab.rewrite.steps import Lookup
@@ -43,7 +44,7 @@ def looked_up(eqn: Any, table: Any, indices: jax.Array, step: Lookup) -> jax.Arr
         table = table.values()
     require_state(step.site, "table", step.quantizer, step.given)
     by_row = step.quantizer.granularity.kind in _OF_A_ROW and len(axes) == 1
-    if by_row and not isinstance(step.given, Held) and step.given.scale is None:
+    if by_row and isinstance(step.given, Given) and step.given.scale is None:
         rows = _bind(eqn, table, indices)
         return fake_quantized(rows, step.quantizer, (rows.ndim - 1,)).astype(dtype)
     return _bind(eqn, quantized_by(table, step.quantizer, axes, step.given), indices).astype(dtype)

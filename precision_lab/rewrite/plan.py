@@ -21,7 +21,7 @@ from precision_lab.rewrite import _compat
 from precision_lab.rewrite.adapters import Adapter, is_matrix
 from precision_lab.rewrite.cast import casting_of, quantizers_of
 from precision_lab.rewrite.equations import UNSUPPORTED, already, describe, flops, why_not
-from precision_lab.rewrite.held import at_site
+from precision_lab.rewrite.held import Known, at_site
 from precision_lab.rewrite.lookup import LOOKUP, looks_up_rows
 from precision_lab.rewrite.marks import MARKED, OPERANDS
 from precision_lab.rewrite.operations import CASTABLE, Operate, is_castable
@@ -57,7 +57,7 @@ class Planner:
         everything: bool = False,
         observing: bool = False,
         amaxes: Mapping[str, Amaxes] | None = None,
-        given: Mapping[str, Mapping[str, Any]] | None = None,
+        given: Known | None = None,
         adapters: Mapping[str, Adapter] | None = None,
         every_product: bool = False,
     ) -> None:
@@ -66,7 +66,7 @@ class Planner:
         self.types = types or {}
         self.observing = observing
         self._amaxes = amaxes or {}
-        self._given = given or {}
+        self._given = given or Known({}, {})
         self._adapters = adapters or {}
         self._every_product = every_product
         self._everything = everything
@@ -158,7 +158,7 @@ class Planner:
         self.sites.append(dataclasses.replace(site, treatment=None if reason else treatment, reason=reason))
         if reason or treatment.embedding is None:
             return None
-        return Lookup(treatment.embedding, site.name, at_site(self._given, site.name, "lhs", self._scans))
+        return Lookup(treatment.embedding, site.name, at_site(self._given, site, "lhs", treatment, self._scans))
 
     def _operation(self, eqn: Any, site: Site | None, scope: str) -> Operate | None:
         """Decides on an operation that is not a product, and records it as a site if it computes with floats."""
@@ -237,7 +237,7 @@ class Planner:
         parameters = (_is_path(sources[0]), _is_path(sources[1]))
         result = self._result(eqn, treatment)
         casting, before = casting_of(treatment, parameters, result)
-        given = tuple(at_site(self._given, site.name, role, self._scans) for role in OPERANDS)
+        given = tuple(at_site(self._given, site, role, treatment, self._scans) for role in OPERANDS)
         amaxes = self._amaxes.get(site.name)
         return Cast(treatment, casting, before, self._of_tangents, site.name, amaxes, (given[0], given[1]), adapter)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from precision_lab.formats.randomness import GOLDEN, hashed
-from precision_lab.quant import QTensor, Quantizer, fake_quantize
+from precision_lab.quant import QTensor, Quantizer, QuantizerParams, fake_quantize
 from precision_lab.quant.core import Given, quantize_parts
 from precision_lab.quant.numbers import static_params
 from precision_lab.quant.tiles import Tiles
@@ -28,7 +28,11 @@ class Codes(NamedTuple):
 
 
 def fake_quantized(
-    x: jax.Array, quantizer: Quantizer, axes: tuple[int, ...], given: Given = NOTHING_GIVEN
+    x: jax.Array,
+    quantizer: Quantizer,
+    axes: tuple[int, ...],
+    given: Given = NOTHING_GIVEN,
+    params: QuantizerParams | None = None,
 ) -> jax.Array:
     """Returns an operand on the grid of its quantizer, in float32.
 
@@ -37,9 +41,10 @@ def fake_quantized(
       quantizer: its quantizer.
       axes: those that the product contracts.
       given: scale, zero point and offset that are not to be found in `x`.
+      params: numbers in place of the quantizer's own.
     """
     x = x.astype(jnp.float32)
-    return fake_quantize(x, quantizer, axis=axes, key=key_for(x, quantizer), **given._asdict())
+    return fake_quantize(x, quantizer, axis=axes, key=key_for(x, quantizer), params=params, **given._asdict())
 
 
 def codes_of(x: jax.Array, quantizer: Quantizer, axes: tuple[int, ...], given: Given = NOTHING_GIVEN) -> Codes:
