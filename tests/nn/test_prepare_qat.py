@@ -240,7 +240,7 @@ def test_linen_and_nnx_are_one_thing():
         (Stack, (X,), POLICY, 1),
         (
             Mixed,
-            (np.random.default_rng(1).standard_normal((2, 4, 4, 3), np.float32), np.full((2, 4, 4), 3)),
+            (np.random.default_rng(1).standard_normal((2, 4, 4, 3), np.float32), np.full((2, 4, 4), 3, np.int32)),
             f"{POLICY},embedding=int4@channel,lsq",
             5,
         ),
