@@ -13,6 +13,8 @@ _HOME = {
     "formats": ("FORMATS", "Format", "format", "round_to", "stack_formats"),
     "quant": ("QTensor", "Quantizer", "fake_quantize", "quantize", "quantizer"),
     "policy": ("PRESETS", "Policy"),
+    "ptq.allocation": ("allocate",),
+    "ptq.sensitivity": ("sensitivity",),
     "rewrite": ("full_precision", "mark"),
     "nn": ("QAT", "DelayedScaling", "apply_policy", "calibrate", "convert", "explain", "prepare_qat", "sites"),
     "optim": (
@@ -70,6 +72,8 @@ if TYPE_CHECKING:
     from precision_lab.optim import value_and_scaled_grad as value_and_scaled_grad
     from precision_lab.policy import PRESETS as PRESETS
     from precision_lab.policy import Policy as Policy
+    from precision_lab.ptq.allocation import allocate as allocate
+    from precision_lab.ptq.sensitivity import sensitivity as sensitivity
     from precision_lab.quant import QTensor as QTensor
     from precision_lab.quant import Quantizer as Quantizer
     from precision_lab.quant import fake_quantize as fake_quantize

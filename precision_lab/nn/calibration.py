@@ -94,7 +94,7 @@ def calibrate(
     observers: Observers = {}
     first, compiled = None, {}
     for batch in batches:
-        args, kwargs = _as_call(batch)
+        args, kwargs = as_call(batch)
         pure = pure_call(target, *arguments(target, params, args, kwargs))
         if first is None:
             first = jax.tree.map(shape_of_leaf, (args, kwargs))
@@ -132,7 +132,7 @@ def arguments(target: Any, params: Any, args: Sequence[Any], kwargs: dict[str, A
     return (params, *args), kwargs
 
 
-def _as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Returns (args, kwargs) of a batch."""
     if isinstance(batch, dict):
         return (), batch

@@ -74,7 +74,7 @@ def convert(
     calibrated = _calibrated(target, policy, params, args, kwargs) if trained is None else trained
     target, policy = calibrated.target, calibrated.policy
     own, uses = uses_of(target, policy, calibrated.params, *calibrated.call, scales=calibrated.scales)
-    ways = _ways(own, uses, calibrated.scales)
+    ways = ways_of(own, uses, calibrated.scales)
     stored = _stored(own, ways, method)
     calibrated = dataclasses.replace(calibrated, scales=_of_the_rest(calibrated.scales, ways))
     if not stored and not calibrated.scales:
@@ -105,12 +105,12 @@ def uses_of(
         options = {"root": pure.root, "types": pure.types, "given": given, "uses": uses}
         return call(pure.fn, policy, pure.params, pure.args, pure.kwargs, **options)
 
-    arrays, together = _apart((args, kwargs))
+    arrays, together = apart((args, kwargs))
     jax.eval_shape(run, arrays)
     return found[0], uses
 
 
-def _ways(params: Any, uses: Uses, scales: Scales) -> dict[str, How]:
+def ways_of(params: Any, uses: Uses, scales: Scales) -> dict[str, How]:
     """Returns how each parameter that the policy quantizes somewhere can be stored."""
     shapes = {path: np.shape(leaf) for path, leaf in named(params).items() if not is_qtensor(leaf)}
     quantized = {path: found for path, found in uses.by_path.items() if any(use.quantizer for use in found)}
@@ -174,10 +174,10 @@ def _run_length(quantizer: Any) -> Any:
 def _stored(params: Any, ways: Mapping[str, How], method: Method) -> dict[str, QTensor]:
     """Returns the parameters that can be stored, quantized, by path."""
     leaves = named(params)
-    return {path: _quantized(leaves[path], how.use, how.scale, method) for path, how in ways.items() if how.use}
+    return {path: stored_for(leaves[path], how.use, how.scale, method) for path, how in ways.items() if how.use}
 
 
-def _quantized(weight: Any, use: Use, scale: Mapping[str, jax.Array], method: Method) -> QTensor:
+def stored_for(weight: Any, use: Use, scale: Mapping[str, jax.Array], method: Method) -> QTensor:
     """Returns a weight stored as it is used; a stacked one slice by slice."""
     if scale and method is not round_to_nearest:
         raise ValueError(f"a learned scale is what weights are rounded by, so {method} cannot be; leave out method=.")
@@ -236,7 +236,7 @@ def named(params: Any) -> dict[str, Any]:
     return {_path(path): leaf for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_qtensor)}
 
 
-def _apart(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+def apart(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     """Returns the arrays of a tree, and what puts them back between its other leaves."""
     leaves, structure = jax.tree.flatten(tree)
     places = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]

@@ -9,6 +9,7 @@ from precision_lab.rewrite.api import (
     sites_of_function,
     trace,
 )
+from precision_lab.rewrite.choices import Choosable, call_with_alternatives, call_with_choices, choosable
 from precision_lab.rewrite.harvest import Collector, harvest
 from precision_lab.rewrite.held import Held, StateMark
 from precision_lab.rewrite.marks import OUTPUT, SHADOW, Mark, mark, observing
@@ -20,6 +21,7 @@ __all__ = [
     "OUTPUT",
     "SHADOW",
     "Adapter",
+    "Choosable",
     "Collector",
     "Held",
     "Mark",
@@ -31,6 +33,9 @@ __all__ = [
     "Uses",
     "apply_to_function",
     "call",
+    "call_with_alternatives",
+    "call_with_choices",
+    "choosable",
     "full_precision",
     "harvest",
     "is_qtensor",

@@ -102,7 +102,7 @@ def call(
 
     Parameters may be QTensors: products take their codes, and everything else their values.
     """
-    _require_x64(policy)
+    require_x64(policy)
     traced = trace(fn, params, args, kwargs)
     scaled = {site: Amaxes(roles, margin) for site, roles in (amaxes or {}).items()}
     options: dict[str, Any] = {"amaxes": scaled, "given": Known(given or {}, numbers or {}), "adapters": adapters}
@@ -214,7 +214,7 @@ def _path(path: Sequence[Any]) -> str:
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
-def _require_x64(policy: Policy) -> None:
+def require_x64(policy: Policy) -> None:
     """Raises if the policy needs float64 arrays that JAX would silently make float32."""
     inside = [(key, fmt) for rule in policy.rules for key, fmt in rule.settings]
     inside += [(key, getattr(policy, key)) for key in ("dgrad", "wgrad", "round")]

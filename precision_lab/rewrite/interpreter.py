@@ -25,7 +25,7 @@ from precision_lab.rewrite.parameters import Parameter, can_scan, dense, is_stor
 from precision_lab.rewrite.quantized import NOTHING_GIVEN
 from precision_lab.rewrite.scaled import scaled_product
 from precision_lab.rewrite.slicing import given_arrays, with_given_arrays
-from precision_lab.rewrite.steps import Cast, Enter, Lookup, Observed, Plan
+from precision_lab.rewrite.steps import Cast, Chosen, Enter, Lookup, Observed, Plan
 
 Values = list[Any]
 
@@ -49,7 +49,7 @@ def _evaluate(plan: Plan, jaxpr: Any, consts: Sequence[Any], operands: Sequence[
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _execute(step: Cast | Lookup | Operate | Observed | Enter | None, eqn: Any, given: Values) -> Values:
+def _execute(step: Cast | Lookup | Operate | Chosen | Observed | Enter | None, eqn: Any, given: Values) -> Values:
     """Evaluates one equation."""
     if step is None and (result := passed(eqn, given)):
         return result
@@ -61,6 +61,8 @@ def _execute(step: Cast | Lookup | Operate | Observed | Enter | None, eqn: Any, 
         return [looked_up(eqn, given[0], given[1], step)]
     if isinstance(step, Observed):
         return _observe(step, eqn, given)
+    if isinstance(step, Chosen):
+        return lax.switch(step.index, [functools.partial(_execute, one, eqn) for one in step.steps], given)
     if isinstance(step, Cast) and step.amaxes is not None:
         return rounded([_scaled(step, eqn, given)], step.treatment.round)
     if isinstance(step, Cast):

@@ -58,6 +58,21 @@ class Lookup:
 
 
 @dataclasses.dataclass(frozen=True)
+class Chosen:
+    """A product or lookup that happens in one of several ways.
+
+    Attributes:
+      site: name of the site.
+      steps: the ways.
+      index: number of the one that is taken, int32 scalar, traced or not.
+    """
+
+    site: str
+    steps: tuple[Cast | Lookup | None, ...]
+    index: Any
+
+
+@dataclasses.dataclass(frozen=True)
 class Observed:
     """A product whose operands and result get marks.
 
@@ -70,10 +85,10 @@ class Observed:
     """
 
     site: str
-    step: Cast | None
+    step: Cast | Lookup | None
     operands: tuple[Format | None, Format | None]
     cotangent: Format | None
-    shadows: tuple[Cast | None, ...] = ()
+    shadows: tuple[Cast | Lookup | None, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +112,7 @@ class Enter:
 class Plan:
     """What to do at each equation of a jaxpr; None binds it as it stands."""
 
-    steps: tuple[Cast | Lookup | Operate | Observed | Enter | None, ...]
+    steps: tuple[Cast | Lookup | Operate | Chosen | Observed | Enter | None, ...]
 
     @property
     def is_empty(self) -> bool:

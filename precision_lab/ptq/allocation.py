@@ -1,0 +1,161 @@
+"""allocate: spends a budget of true bits on the parameters of a model, where they save the most damage."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from precision_lab.policy import Policy, Treatment
+from precision_lab.policy.treatment import SETTINGS
+from precision_lab.ptq.scores import Cost, Sensitivity
+from precision_lab.rewrite.printing import table_text
+
+OBJECTIVES = ("error", "loss")
+
+
+@dataclasses.dataclass(frozen=True)
+class Allocation:
+    """A policy for each parameter, and what that costs. Prints as a table.
+
+    Attributes:
+      policy: the reference, with a rule for each parameter that has another policy.
+      choices: name of the policy of each parameter, by path.
+      nbytes: bytes of these parameters, scales and zero points and padding included, as `convert` stores them.
+      elements: number of their elements.
+      budget_bytes: what was allowed.
+      damage: the objective: one-on errors added up, or the increases of the loss.
+      uniform: (bytes, damage) with the same policy for every parameter, by name.
+    """
+
+    policy: Policy
+    choices: dict[str, str]
+    nbytes: int
+    elements: int
+    budget_bytes: int
+    damage: float
+    uniform: dict[str, tuple[int, float]]
+
+    @property
+    def bits_per_parameter(self) -> Fraction:
+        """The true bits of each of these parameters, exactly."""
+        return Fraction(8 * self.nbytes, self.elements)
+
+    def __str__(self) -> str:
+        from rich.table import Table
+
+        bits = f"{float(self.bits_per_parameter):.4g} bits per parameter"
+        title = f"{bits}: {self.nbytes} of {self.budget_bytes} bytes, damage {self.damage:.4g}"
+        table = Table("parameter", "policy", title=title)
+        for row in self.choices.items():
+            table.add_row(*row)
+        for name, (taken, damage) in self.uniform.items():
+            table.add_row(f"all under {name}", f"{8 * taken / self.elements:.4g} bits, damage {damage:.4g}")
+        return table_text(table, width=140)
+
+
+def allocate(table: Sensitivity, budget_bits: float | Fraction, *, objective: str = "error") -> Allocation:
+    """Returns the policy for each parameter that does the least damage within a budget of true bits.
+
+    The damage of an allocation is estimated by its sites one by one: errors of different sites are taken for
+    independent, so that their powers in the output add up, which holds to first order. Under that objective the
+    result is the best there is, so it is never worse than one policy for all of the same size. Sites without a
+    parameter, such as the products of attention, take no bytes and stay under the reference.
+
+    Args:
+      table: what `sensitivity` returned; its reference and its policies are what a parameter can have.
+      budget_bits: bits per element that the parameters of its sites may take together, everything stored included.
+        The allocation never takes more; how much less depends on what the policies store.
+      objective: "error", of the output, or "loss", if that was measured.
+
+    Raises:
+      ValueError: no parameter is quantized at these sites, or even the smallest policies take more than the budget.
+
+    The search is exact: of all ways to choose for the first n parameters it keeps those that no other one beats in
+    both bytes and damage, for n = 1, 2, ... It takes memory for as many different sums of bytes as there are.
+
+    Source: Zhou et al., "Adaptive Quantization for Deep Neural Network", 2018, arXiv:1712.01048, section 4, adds up
+      the output errors of layers in the same way; they minimise over real bit widths by a Lagrangian.
+    """
+    if objective not in OBJECTIVES or (objective == "loss" and not table.has_loss):
+        raise ValueError(f"objective={objective!r} must be 'error', or 'loss' where sensitivity was given a loss.")
+    if not table.costs:
+        raise ValueError("the policies of this table differ at no site with a parameter, so there is nothing to store.")
+    damages = [_damages(table, cost, objective) for cost in table.costs]
+    elements = sum(cost.elements for cost in table.costs)
+    budget = math.floor(Fraction(budget_bits) * elements / 8)
+    least = sum(min(cost.nbytes) for cost in table.costs)
+    if least > budget:
+        raise ValueError(
+            f"budget_bits={budget_bits} is {budget} bytes, but these policies store at least {least}: "
+            f"{float(Fraction(8 * least, elements)):.4g} bits per parameter. Add a narrower policy to the table."
+        )
+    best = _search([cost.nbytes for cost in table.costs], damages, budget)
+    rows = list(zip(table.costs, damages, best, strict=True))
+    uniform = {
+        name: (sum(cost.nbytes[i] for cost in table.costs), sum(damage[i] for damage in damages))
+        for i, name in enumerate(table.names)
+    }
+    choices = {cost.path: table.names[choice] for cost, _, choice in rows}
+    taken, damage = sum(cost.nbytes[i] for cost, _, i in rows), sum(damage[i] for _, damage, i in rows)
+    return Allocation(_policy(table, best), choices, taken, elements, budget, damage, uniform)
+
+
+def _damages(table: Sensitivity, cost: Cost, objective: str) -> list[float]:
+    """Returns the damage at the sites of a parameter under the reference, which is none, and under each policy."""
+    rows = [[table.at(site, name) for site in cost.sites] for name in table.names[1:]]
+    if objective == "error":
+        return [0.0, *(sum(row.one_on_error for row in each) for each in rows)]
+    before = table.whole[0][1] or 0.0
+    return [0.0, *(sum((row.one_on_loss or 0.0) - before for row in each) for each in rows)]
+
+
+def _search(sizes: Sequence[Sequence[int]], damages: Sequence[Sequence[float]], budget: int) -> list[int]:
+    """Returns the choices of least damage, and of these the fewest bytes, whose sizes add up to the budget at most."""
+    rest = np.cumsum([0, *(min(each) for each in reversed(sizes))])[::-1]  # least that the remaining ones will take
+    taken, damage = np.zeros(1, np.int64), np.zeros(1)
+    steps = []
+    for number, (size, harm) in enumerate(zip(sizes, damages, strict=True), 1):
+        all_taken = (taken[:, None] + np.asarray(size)).ravel()
+        all_damage = (damage[:, None] + np.asarray(harm)).ravel()
+        kept = _front(all_taken, all_damage, budget - int(rest[number]))
+        steps.append(np.divmod(kept, len(size)))
+        taken, damage = all_taken[kept], all_damage[kept]
+    at, choices = len(taken) - 1, []  # along a front damage falls, so the last one has the least
+    for came_from, choice in reversed(steps):
+        choices.append(int(choice[at]))
+        at = came_from[at]
+    return choices[::-1]
+
+
+def _front(taken: np.ndarray, damage: np.ndarray, limit: int) -> np.ndarray:
+    """Returns the indices of what fits and is beaten by no other in both, by rising bytes and falling damage."""
+    order = np.lexsort((damage, taken))
+    order = order[taken[order] <= limit]
+    before = np.concatenate([[np.inf], np.minimum.accumulate(damage[order])[:-1]])
+    better = damage[order] < before
+    better[:1] = True  # also where every damage is infinite
+    return order[better]
+
+
+def _policy(table: Sensitivity, choices: Sequence[int]) -> Policy:
+    """Returns the reference with a rule for each parameter that has another policy."""
+    policy = table.policies[0]
+    for cost, choice in zip(table.costs, choices, strict=True):
+        changes = {site: _changes(table, site, choice) for site in cost.sites}
+        alike = len({str(sorted(change.items(), key=str)) for change in changes.values()}) == 1
+        for site, change in [(cost.path, changes[cost.sites[0]])] if alike else changes.items():
+            if change:
+                policy = policy.with_rule(site, **change)
+    return policy
+
+
+def _changes(table: Sensitivity, name: str, choice: int) -> dict[str, Any]:
+    """Returns the settings that a policy has at a site and the reference does not have there."""
+    here = [next(site for site in sites if site.name == name).treatment for sites in table.tables]
+    before, after = here[0] or Treatment(), here[choice] or here[0] or Treatment()
+    return {key: getattr(after, key) for key in SETTINGS if getattr(after, key) != getattr(before, key)}

@@ -1,0 +1,148 @@
+"""Allocations against every other way to choose, and against the bytes that converted models really take."""
+
+import dataclasses
+import itertools
+from fractions import Fraction
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import precision_lab as pl
+from precision_lab import models
+from precision_lab.models import DataSpec
+from precision_lab.models.config import TransformerConfig
+from precision_lab.ptq.scores import Score
+
+BITS = ["weight=int2@channel", "weight=int4@channel", "weight=int8@channel"]
+RNG = np.random.default_rng(0)
+PARAMS = {f"w{i}": RNG.normal(size=(16, 16)).astype(np.float32) for i in range(4)}
+
+
+def four_layers(params, x):
+    for w in params.values():
+        x = jax.nn.relu(x @ w / 4)
+    return x
+
+
+@pytest.fixture(scope="module")
+def table():
+    return pl.sensitivity(four_layers, BITS, [RNG.normal(size=(32, 16)).astype(np.float32)], params=PARAMS)
+
+
+def with_numbers(table, rng):
+    """Returns a table of the same sites with damages and bytes drawn at random, ties included."""
+    rows = [Score(row.site, row.policy, float(rng.integers(1, 9)), 0.0, 0.0) for row in table]
+    costs = [
+        dataclasses.replace(cost, nbytes=tuple(map(int, rng.integers(10, 60, size=len(table.names)))))
+        for cost in table.costs
+    ]
+    return dataclasses.replace(table, rows=tuple(rows), costs=tuple(costs))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_other_choice_within_the_budget_does_less_damage(table, seed):
+    rng = np.random.default_rng(seed)
+    drawn = with_numbers(table, rng)
+    damage = [[0.0, *(drawn.at(c.sites[0], name).one_on_error for name in drawn.names[1:])] for c in drawn.costs]
+    everything = [
+        (sum(cost.nbytes[i] for cost, i in zip(drawn.costs, each, strict=True)),
+         sum(row[i] for row, i in zip(damage, each, strict=True)))
+        for each in itertools.product(range(4), repeat=4)
+    ]  # fmt: skip
+    least = min(taken for taken, _ in everything)
+    budget = int(rng.integers(least, least + 80))
+
+    found = pl.allocate(drawn, Fraction(8 * budget, sum(cost.elements for cost in drawn.costs)))
+
+    assert found.budget_bytes == budget
+    best = min(harm for taken, harm in everything if taken <= budget)
+    assert found.damage == best
+    assert found.nbytes == min(taken for taken, harm in everything if harm == best)
+
+
+def test_it_is_never_worse_than_one_policy_for_all_of_the_same_bytes(table):
+    for name in table.names:
+        size, uniform = sum(c.nbytes[table.names.index(name)] for c in table.costs), None
+
+        found = pl.allocate(table, Fraction(8 * size, sum(cost.elements for cost in table.costs)))
+
+        taken, uniform = found.uniform[name]
+        assert taken == size >= found.nbytes
+        assert found.damage <= uniform
+
+
+def test_the_converted_model_takes_exactly_the_bytes_it_was_promised():
+    """Check 34 of notes/jax_quantization.md."""
+    model = models.build(TransformerConfig(depth=1, width=32, heads=2), DataSpec("language_model", (8,), 32), 0)
+    tokens = jax.random.randint(jax.random.key(0), (2, 8), 0, 32)
+    policies = ["weight=int2@channel,embedding=int4@channel", "weight=int4@group8,affine", "weight=int8@channel"]
+    table = pl.sensitivity(model, policies, [tokens])
+
+    for budget in (4.5, 8.7, 20):
+        found = pl.allocate(table, budget)
+        packed = packed_leaves(pl.convert(model, found.policy, tokens))
+
+        taken = sum(sum(np.asarray(x).nbytes for x in jax.tree.leaves(packed[path])) for path in found.choices)
+        assert taken == found.nbytes <= budget * found.elements / 8
+        assert found.elements == 32 * 32 + 8 * 32 + 4 * 32 * 32 + 2 * 32 * 128 + 32 * 32
+        assert len(set(found.choices.values())) > 1
+
+
+def packed_leaves(model):
+    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {"/".join(map(str, path)): leaf.get_raw_value() for path, leaf in state}
+
+
+def test_a_larger_budget_is_never_worse_and_the_largest_leaves_all_as_it_is(table):
+    allocations = [pl.allocate(table, bits) for bits in (4, 5, 6, 8, 9, 12, 24, 32)]
+
+    damages = [found.damage for found in allocations]
+    assert damages == sorted(damages, reverse=True)
+    assert damages[0] > damages[-1] == 0
+    assert allocations[-1].policy == table.policies[0]
+
+
+def test_the_policy_of_an_allocation_has_the_settings_that_were_chosen(table):
+    found = pl.allocate(table, 7)
+
+    for site in pl.sites(four_layers, PARAMS, np.ones((2, 16), np.float32), policy=found.policy):
+        chosen = pl.Policy.parse(found.choices[site.path])
+        assert (site.treatment.weight, site.treatment.activation) == (chosen.weight, chosen.activation)
+    assert found.bits_per_parameter <= 7
+    assert f"{found.nbytes} of {found.budget_bytes} bytes" in str(found)
+
+
+def test_a_parameter_that_two_sites_share_has_one_policy_and_is_counted_once():
+    def tied(params, tokens):
+        return params["table"][tokens] @ params["table"].T
+
+    params = {"table": PARAMS["w0"]}
+    policy = "weight=int8@token,embedding=int8@channel"
+    table = pl.sensitivity(tied, [policy], [np.arange(16)], params=params)
+
+    [cost] = table.costs
+
+    assert cost.sites == tuple(table.sites)
+    assert len(cost.sites) == 2
+    assert cost.elements == 256
+
+
+def test_the_loss_can_be_what_is_spared():
+    x = RNG.normal(size=(32, 16)).astype(np.float32)
+    pairs = [(x, x)]
+    table = pl.sensitivity(four_layers, BITS, pairs, params=PARAMS, loss=lambda out, label: ((out - label) ** 2).mean())
+
+    found = pl.allocate(table, 6, objective="loss")
+
+    before = table.whole[0][1]
+    per_site = [min(table.at(site, name).one_on_loss - before for name in BITS) for site in table.sites]
+    assert sum(per_site) <= found.damage <= found.uniform[BITS[1]][1]
+
+
+def test_what_cannot_be_allocated_is_refused(table):
+    with pytest.raises(ValueError, match=r"budget_bits=2 is 256 bytes, but these policies store at least 512: 4 bits"):
+        pl.allocate(table, 2)
+    with pytest.raises(ValueError, match="objective='loss' must be 'error', or 'loss' where"):
+        pl.allocate(table, 8, objective="loss")
