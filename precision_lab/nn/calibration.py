@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen, nnx
 
 from precision_lab.nn.carried import Scales, given_scales
-from precision_lab.nn.pure import PureCall, pure_call
+from precision_lab.nn.pure import PureCall, apart, pure_call, signature
 from precision_lab.policy import Policy
 from precision_lab.policy.deriving import for_inference, with_static_scales, without_quantizers
 from precision_lab.quant import Observer, ObserverState, observer
@@ -99,7 +99,7 @@ def calibrate(
         if first is None:
             first = jax.tree.map(shape_of_leaf, (args, kwargs))
             observers = _observers(pure, policy, momentum)
-        for key, state in _run(pure, policy, observers, compiled)(pure.params, pure.args).items():
+        for key, state in _run(pure, policy, observers, compiled).items():
             states[key] = observers[key].followed(states[key], state) if key in states else state
     if first is None:
         raise ValueError("calibrate got no batches; give at least one, such as [x] or a list of tuples of arguments.")
@@ -184,18 +184,17 @@ class _Seen:
 
 
 def _run(pure: PureCall, policy: Policy, observers: Observers, compiled: dict[Any, Any]) -> Any:
-    """Returns the compiled function of (params, args) to what observers see in one call in floating formats."""
-    leaves, tree = jax.tree.flatten((pure.params, pure.args))
-    key = tree, tuple(str(shape_of_leaf(leaf)) for leaf in leaves)
-    if key not in compiled:
-        compiled[key] = jax.jit(
-            lambda params, args: _observed(pure, without_quantizers(policy), observers, params, args)
-        )
-    return compiled[key]
+    """Returns what observers see in one call in floating formats; `compiled` keeps the programs."""
+    given = (pure.params, pure.args, pure.kwargs)
+    arrays, together = apart(given)
+    if (key := signature(given)) not in compiled:
+        plain = without_quantizers(policy)
+        compiled[key] = jax.jit(lambda arrays: _observed(pure, plain, observers, *together(arrays)))
+    return compiled[key](arrays)
 
 
 def _observed(
-    pure: PureCall, policy: Policy, observers: Observers, params: Any, args: Any
+    pure: PureCall, policy: Policy, observers: Observers, params: Any, args: Any, kwargs: Any
 ) -> dict[tuple[str, str], ObserverState]:
     """Returns what observers see in one call."""
 
@@ -207,7 +206,7 @@ def _observed(
         return [_Seen(one.update(one.init(x.shape), x), one) for one, x in each]
 
     def fn(params: Any) -> Any:
-        return call(pure.fn, policy, params, args, pure.kwargs, root=pure.root, types=pure.types)
+        return call(pure.fn, policy, params, args, kwargs, root=pure.root, types=pure.types)
 
     with observing(()):
         traced = trace(fn, params, (), {})

@@ -21,7 +21,7 @@ from precision_lab.nn.calibration import Calibrated, arguments
 from precision_lab.nn.carried import SCALES, Scales, given_scales
 from precision_lab.nn.linen_policy import linen_under_policy
 from precision_lab.nn.nnx_policy import nnx_with_stored
-from precision_lab.nn.pure import pure_call
+from precision_lab.nn.pure import apart, pure_call
 from precision_lab.nn.qat_conversion import as_stored, as_trained
 from precision_lab.policy import Policy
 from precision_lab.policy.deriving import for_inference
@@ -234,18 +234,6 @@ def replaced(params: Any, stored: Mapping[str, Any]) -> Any:
 def named(params: Any) -> dict[str, Any]:
     """Returns the leaves of params by path, QTensors as leaves."""
     return {_path(path): leaf for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_qtensor)}
-
-
-def apart(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """Returns the arrays of a tree, and what puts them back between its other leaves."""
-    leaves, structure = jax.tree.flatten(tree)
-    places = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
-
-    def together(arrays: list[Any]) -> Any:
-        new = dict(zip(places, arrays, strict=True))
-        return jax.tree.unflatten(structure, [new.get(i, leaf) for i, leaf in enumerate(leaves)])
-
-    return [leaves[i] for i in places], together
 
 
 def _path(path: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 from flax import linen, nnx
 
 from precision_lab.nn.linen_policy import linen_call
@@ -62,3 +63,24 @@ def require_function(target: Any) -> None:
     if isinstance(target, type) or not isinstance(target, Callable):
         kind = f"the class {target.__name__}" if isinstance(target, type) else f"{type(target).__name__}"
         raise TypeError(f"expected an nnx.Module or linen.Module instance or a function fn(params, ...), got {kind}.")
+
+
+def apart(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """Returns the arrays of a tree, and what puts them back between its other leaves."""
+    leaves, structure = jax.tree.flatten(tree)
+    places = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
+
+    def together(arrays: list[Any]) -> Any:
+        new = dict(zip(places, arrays, strict=True))
+        return jax.tree.unflatten(structure, [new.get(i, leaf) for i, leaf in enumerate(leaves)])
+
+    return [leaves[i] for i in places], together
+
+
+def signature(tree: Any) -> tuple[Any, ...]:
+    """Returns what a program compiled for a tree is good for: its structure, shapes and dtypes, and other leaves."""
+    leaves, structure = jax.tree.flatten(tree)
+    arrays = [hasattr(x, "shape") and hasattr(x, "dtype") for x in leaves]
+    return structure, *(
+        f"{x.dtype}{x.shape}" if is_array else repr(x) for x, is_array in zip(leaves, arrays, strict=True)
+    )

@@ -28,6 +28,24 @@ def test_scales_are_those_of_the_largest_magnitude_over_all_batches():
     assert tuple(map(float, calibrated.ranges["w", "lhs"])) == (-3.0, np.float32(12.7))
 
 
+def test_keyword_batches_are_each_their_own_and_keep_what_is_no_array():
+    """A function's second batch was run as its first again, and a Linen model's flag became a traced array."""
+
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x, train=True):
+            assert not train
+            return linen.Dense(2)(x)
+
+    batches = [{"x": jnp.full((1, 2), value)} for value in (1.0, 5.0)]
+    variables = {"params": {"Dense_0": {"kernel": jnp.eye(2), "bias": jnp.zeros(2)}}}
+
+    of_function = pl.calibrate(product, "w8a8", batches, PARAMS)
+    of_model = pl.calibrate(Net(), "w8a8", [{**batch, "train": False} for batch in batches], variables)
+
+    assert [float(high) for found in (of_function, of_model) for _, high in found.ranges.values()] == [5, 5]
+
+
 def test_a_running_average_moves_once_a_batch():
     batches = [jnp.full((1, 2), value) for value in (1.0, 2.0, 4.0)]
 
