@@ -78,8 +78,8 @@ def allocate(table: Sensitivity, budget_bits: float | Fraction, *, objective: st
     The search is exact: of all ways to choose for the first n parameters it keeps those that no other one beats in
     both bytes and damage, for n = 1, 2, ... It takes memory for as many different sums of bytes as there are.
 
-    Source: Zhou et al., "Adaptive Quantization for Deep Neural Network", 2018, arXiv:1712.01048, section 4, adds up
-      the output errors of layers in the same way; they minimise over real bit widths by a Lagrangian.
+    Source: Zhou et al., "Adaptive Quantization for Deep Neural Network", 2018, arXiv:1712.01048 (its sections have no
+      numbers), adds up the output errors of layers in the same way, and minimises over real bit widths.
     """
     if objective not in OBJECTIVES or (objective == "loss" and not table.has_loss):
         raise ValueError(f"objective={objective!r} must be 'error', or 'loss' where sensitivity was given a loss.")

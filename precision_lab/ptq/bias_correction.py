@@ -18,6 +18,7 @@ from jax.scipy.stats import norm
 
 from precision_lab.nn.apply import apply_policy, sites
 from precision_lab.nn.calibration import as_call
+from precision_lab.nn.pure import apart, signature
 from precision_lab.ptq.parts import Parts, taken_apart
 from precision_lab.quant import QTensor
 from precision_lab.rewrite import OUTPUT, Collector, Mark, Site, harvest, observing, trace
@@ -200,11 +201,11 @@ def _means(parts: Parts, calls: Sequence[Any], layers: dict[str, _Layer], compil
     """Returns the means by channel of the inputs and products of layers, over batches; stacked where a scan runs."""
     sums: dict[Any, Any] = {}
     for args, kwargs in calls:
-        leaves, structure = jax.tree.flatten((args, kwargs))
-        key = structure, tuple(str(jnp.shape(leaf)) for leaf in leaves)
-        if key not in compiled:
-            compiled[key] = jax.jit(lambda params, args, kwargs: _sums(parts.run, layers, params, args, kwargs))
-        for name, (total, count) in jax.device_get(compiled[key](parts.params, args, kwargs)).items():
+        given = (parts.params, args, kwargs)
+        arrays, together = apart(given)
+        if (key := signature(given)) not in compiled:
+            compiled[key] = jax.jit(lambda arrays, given=together: _sums(parts.run, layers, *given(arrays)))
+        for name, (total, count) in jax.device_get(compiled[key](arrays)).items():
             before = sums.get(name, (0.0, 0.0))
             sums[name] = before[0] + total.astype(np.float64), before[1] + count.astype(np.float64)
     means = {tuple(name.split("\n")): total / np.asarray(count)[(..., *[None] * (np.ndim(total) - np.ndim(count)))]

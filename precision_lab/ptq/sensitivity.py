@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from precision_lab.nn.calibration import arguments, as_call
-from precision_lab.nn.conversion import apart
-from precision_lab.nn.pure import PureCall, pure_call
+from precision_lab.nn.pure import PureCall, apart, pure_call, signature
 from precision_lab.nn.storage import bytes_under
 from precision_lab.policy import Policy
 from precision_lab.policy.deriving import for_inference
@@ -130,13 +129,11 @@ class _Run(NamedTuple):
 
     def programs(self, pure: PureCall, labels: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """Returns two functions: from choices to the output and loss of a batch, and to the powers at its sites."""
-        leaves, structure = jax.tree.flatten((pure.params, pure.args, pure.kwargs, labels))
-        arrays, together = apart((pure.params, pure.args, pure.kwargs, labels))
-        shapes = tuple(f"{x.shape} {x.dtype}" if hasattr(x, "shape") else repr(x) for x in leaves)
-        if (structure, shapes) not in self.compiled:
-            programs = jax.jit(self._chosen(pure, together)), jax.jit(self._powers(pure, together))
-            self.compiled[structure, shapes] = programs
-        chosen, powers = self.compiled[structure, shapes]
+        given = (pure.params, pure.args, pure.kwargs, labels)
+        arrays, together = apart(given)
+        if (key := signature(given)) not in self.compiled:
+            self.compiled[key] = jax.jit(self._chosen(pure, together)), jax.jit(self._powers(pure, together))
+        chosen, powers = self.compiled[key]
         return (lambda choices: chosen(choices, arrays)), (lambda: powers(arrays))
 
     def _chosen(self, pure: PureCall, together: Callable[[list[Any]], Any]) -> Callable[..., Any]:
