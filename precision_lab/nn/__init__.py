@@ -11,6 +11,7 @@ from precision_lab.nn.folded import BatchNormNumbers, FoldedBatchNorm, folded_fa
 from precision_lab.nn.lora import add_lora, merge_lora
 from precision_lab.nn.prepare import prepare_qat
 from precision_lab.nn.qat import QAT
+from precision_lab.nn.storage import storage
 
 __all__ = [
     "QAT",
@@ -35,4 +36,5 @@ __all__ = [
     "merge_lora",
     "prepare_qat",
     "sites",
+    "storage",
 ]
