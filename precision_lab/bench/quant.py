@@ -12,7 +12,7 @@ from typing import Any
 from precision_lab.bench import report
 from precision_lab.bench.arms import Problem, call_of, compiled_anew, traced_anew
 from precision_lab.bench.interleaved import Timing, environment, time_alternating, time_interleaved
-from precision_lab.bench.quant_arms import PROBLEMS, SMALL, Make, inference, steps
+from precision_lab.bench.quant_arms import PROBLEMS, SMALL, Make, group_size, inference, steps
 from precision_lab.bench.targets import Target, judged
 
 PACKAGES = ("jax", "jaxlib", "numpy", "flax", "optax", "qwix", "aqtp")
@@ -28,7 +28,13 @@ PAIRS = {
         ("W4A16", "Qwix W4A16"),
     ),
     "float32 inference": tuple(
-        (f"inference {name}", f"Qwix inference {name}") for name in ("int8 dynamic", "int4 weights", "NF4 weights")
+        (f"inference {ours}", f"Qwix inference {peer}")
+        for peer, *others in (
+            ("int8 dynamic",),
+            ("int4 weights", ", float32 products"),
+            ("NF4 weights", ", float32 products"),
+        )
+        for ours in (peer, *(peer + other for other in others))
     ),
 }
 PREPARED = ("W8A8 simulated", "W8A8 native", "Qwix W8A8", "AQT W8A8")
@@ -120,8 +126,12 @@ def markdown(result: Mapping[str, Any]) -> str:
     units = ", ".join(result["bfloat16_units"]) or "none"
     lead = (
         f"One step (loss, gradient, Adam) or one call of each arm, medians of up to {result['rounds']} interleaved "
-        "rounds. Native steps multiply int8 forward and bfloat16 backward. Inference quantizes the float32 weights at "
-        f"every call. A ratio without quartiles is computed from the ones above it.\n{sizes}\n\n"
+        "rounds. Native steps multiply int8 forward and bfloat16 backward. Models for inference are converted first: "
+        "weights packed, static scales calibrated on the batch. Groups of 4-bit weights have the size, at most 32 for "
+        "int4 and 64 for NF4, that divides every width, for Qwix needs that and ours are the same. Two things differ: "
+        "Qwix multiplies dequantized weights in float32, as our rows with float32 products do, and leaves codes one to "
+        "a byte on a CPU, where ours are packed. A ratio without quartiles is computed from the ones above it."
+        f"\n{sizes}\n\n"
         f"Units for bfloat16: {units}."
     )
     return report.markdown(result, title="Quantization beside its peers", lead=lead, unit=UNIT)
@@ -142,7 +152,9 @@ def _problems(model: str, small: bool) -> dict[str, Problem]:
 def _described(problem: Problem) -> str:
     """Writes a problem as one line."""
     fields = ", ".join(f"{key}={value}" for key, value in problem.config.model_dump().items() if key != "kind")
-    return f"{fields}; batch {problem.batch} of {problem.spec.input_shape}, {problem.spec.num_classes} classes"
+    groups = ", ".join(f"{group_size(problem, weights)} for {weights}" for weights in ("int4", "NF4"))
+    sizes = f"batch {problem.batch} of {problem.spec.input_shape}, {problem.spec.num_classes} classes"
+    return f"{fields}; {sizes}; groups of {groups}"
 
 
 def _timed(arms: Mapping[str, Make], rounds: int, budget_s: float, tell: Tell) -> Found:

@@ -1,18 +1,19 @@
 """Arms of the quantization benchmark: steps and inference of one NNX model, under our policies and under peers.
 
-Arms share model, initialisation, batch and granularity: one scale for each output channel of a weight, one for each row
-of an activation. They differ in whose quantization it is. Every arm of a peer is made by a function that imports it.
+Arms share model, initialisation, batch and granularity: int8 has one scale for each output channel of a weight and one
+for each row of an activation; 4-bit weights for inference have groups whose size divides every width, which Qwix asks
+for. They differ in whose quantization it is. Every arm of a peer is made by a function that imports it.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
 
@@ -20,7 +21,7 @@ from precision_lab import models
 from precision_lab.bench.arms import Arm, Problem, State, batch_of, training
 from precision_lab.models import DataSpec
 from precision_lab.models.config import MLPConfig, TransformerConfig
-from precision_lab.nn import apply_policy
+from precision_lab.nn import apply_policy, calibrate, convert
 
 PROBLEMS = {
     "mlp": Problem(MLPConfig(hidden=(1024, 1024)), DataSpec("classification", (784,), 10), batch=256),
@@ -41,24 +42,39 @@ STEPS = {
     "W4A8 native": f"{_W4A8},compute=bfloat16,execution=native",
     "W4A16": "weight=int4@channel,compute=bfloat16",
 }
+# {n} is the size of a group, at most that of the format's usual blocks.
 INFERENCE = {
     "int8 dynamic": f"{_W8A8},execution=native",
     "int8 static": "weight=int8@channel,activation=int8@tensor,execution=native",
-    "int4 weights": "weight=int4@group32,compute=bfloat16",
-    "NF4 weights": "weight=nf4@group64,compute=bfloat16",
+    "int4 weights": "weight=int4@group{n},compute=bfloat16",
+    "int4 weights, float32 products": "weight=int4@group{n}",
+    "NF4 weights": "weight=nf4@group{n},compute=bfloat16",
+    "NF4 weights, float32 products": "weight=nf4@group{n}",
 }
+_USUAL = {"int4": 32, "NF4": 64}
 # Qwix would quantize the two products of attention, which are einsums here, as well.
 _LINEAR = ("dot_general",)
 Make = Callable[[], Arm]
 
 
-def converted(model: nnx.Module, policy: str, x: jax.Array) -> nnx.Module:
-    """Returns the model that inference under a policy calls: for now the float32 one, quantized at every call.
+def converted(model: nnx.Module, policy: str, x: jax.Array, *, static: bool) -> nnx.Module:
+    """Returns the model that inference under a policy calls: weights packed, products of codes where there are any.
 
-    This is the one place to change when packed models exist: `return convert(model, policy, x)`.
+    Args:
+      model: the float32 model.
+      policy: the policy.
+      x: an example batch, and for static scales the one that they are calibrated on.
+      static: whether activations have static scales.
     """
-    del x
-    return apply_policy(model, policy)
+    return convert(calibrate(model, policy, [x])) if static else convert(model, policy, x)
+
+
+def group_size(problem: Problem, weights: str) -> int:
+    """Returns the elements that share a scale of 4-bit weights: the largest power of two that divides every width."""
+    config = problem.config.model_dump()
+    widths = (*problem.spec.input_shape, *config["hidden"]) if "hidden" in config else (config["width"],)
+    widest = math.gcd(*widths)
+    return min(_USUAL[weights], widest & -widest)
 
 
 def steps(problem: Problem) -> dict[str, Make]:
@@ -77,11 +93,12 @@ def inference(problem: Problem) -> dict[str, Make]:
     """Returns calls of the model by name, float32 first, then ours, then those of the peers that are installed."""
     x = batch_of(problem)["inputs"]
 
-    def under(policy: str) -> Make:
-        return lambda: _forward(problem, lambda model: converted(model, policy, x))
+    def under(name: str, policy: str) -> Make:
+        n, static = group_size(problem, name.split()[0]) if "{n}" in policy else 0, name.endswith("static")
+        return lambda: _forward(problem, lambda model: converted(model, policy.format(n=n), x, static=static))
 
     ours = {"float32 inference": lambda: _forward(problem, lambda model: model)}
-    ours |= {f"inference {name}": under(policy) for name, policy in INFERENCE.items()}
+    ours |= {f"inference {name}": under(name, policy) for name, policy in INFERENCE.items()}
     peers = {
         name: lambda change=change: _forward(problem, change) for name, change in _inference_peers(problem, x).items()
     }
@@ -152,12 +169,11 @@ def _aqt_training() -> dict[str, Callable[[Any], Any]]:
 
 
 def _inference_peers(problem: Problem, x: jax.Array) -> dict[str, Callable[[Any], Any]]:
-    """Returns what Qwix does to a trained model, if it is installed; tiles are the largest power of two that fits."""
+    """Returns what Qwix does to a trained model, if it is installed; its tiles are our groups."""
     try:
         qwix = importlib.import_module("qwix")
     except ImportError:
         return {}
-    inner = x.shape[-1] if jnp.issubdtype(x.dtype, jnp.floating) else problem.config.model_dump()["width"]
 
     def under(**rule: Any) -> Callable[[Any], Any]:
         provider = qwix.PtqProvider([qwix.QuantizationRule(op_names=_LINEAR, **rule)])
@@ -165,6 +181,6 @@ def _inference_peers(problem: Problem, x: jax.Array) -> dict[str, Callable[[Any]
 
     return {
         "Qwix inference int8 dynamic": under(weight_qtype="int8", act_qtype="int8"),
-        "Qwix inference int4 weights": under(weight_qtype="int4", tile_size=min(32, inner & -inner)),
-        "Qwix inference NF4 weights": under(weight_qtype="nf4", tile_size=min(64, inner & -inner)),
+        "Qwix inference int4 weights": under(weight_qtype="int4", tile_size=group_size(problem, "int4")),
+        "Qwix inference NF4 weights": under(weight_qtype="nf4", tile_size=group_size(problem, "NF4")),
     }

@@ -5,6 +5,7 @@ No time is asserted. Peers are tested where they are installed.
 
 import importlib.util
 import json
+import math
 import time
 
 import jax
@@ -19,6 +20,7 @@ from precision_lab.bench.arms import compiled_anew, traced_anew
 from precision_lab.bench.interleaved import Timing
 from precision_lab.bench.quant_arms import PROBLEMS, SMALL, inference, steps
 from precision_lab.cli import bench
+from precision_lab.rewrite import is_qtensor
 from tests.jaxprs import products
 
 F32, BF16, INT8 = ("float32",) * 3, ("bfloat16", "bfloat16", "float32"), ("int8", "int8", "int32")
@@ -82,16 +84,37 @@ def test_inference_multiplies_as_its_arm_says_and_gives_the_state_back(model, na
         np.testing.assert_array_equal(a, b)
 
 
-def test_inference_under_a_policy_is_that_of_the_converted_model(monkeypatch):
-    """The one place to change when packed models exist."""
-    asked = []
-    monkeypatch.setattr(quant_arms, "converted", lambda model, policy, x: asked.append((policy, x.shape)) or model)
+@pytest.mark.parametrize("model", SMALL)
+@pytest.mark.parametrize("name", quant_arms.INFERENCE)
+def test_models_for_inference_store_their_linear_weights_packed(model, name):
+    """Of a weight-only or int8 arm that packs nothing the time would be that of quantizing at every call."""
+    bits = 4 if "4" in name else 8
+    arm = inference(SMALL[model])[f"inference {name}"]()
 
-    for name, make in inference(SMALL["mlp"]).items():
-        if name.startswith("inference "):
-            make()
+    packed = [leaf for leaf in jax.tree.leaves(arm.state.params, is_leaf=is_qtensor) if is_qtensor(leaf)]
 
-    assert asked == [(policy, (4, 16)) for policy in quant_arms.INFERENCE.values()]
+    assert len(packed) == LINEARS[model]
+    for stored in packed:
+        assert stored.packed.size == -(-math.prod(stored.shape) * bits // 8)
+
+
+def test_static_scales_are_a_part_of_what_is_stored():
+    arms = {name: inference(SMALL["mlp"])[f"inference int8 {name}"]() for name in ("static", "dynamic")}
+
+    scalars = {name: sum(leaf.ndim == 0 for leaf in jax.tree.leaves(arm.state.params)) for name, arm in arms.items()}
+
+    assert scalars == {"static": LINEARS["mlp"], "dynamic": 0}
+
+
+def test_groups_divide_every_width():
+    """784 is 16 times 49; else the tiles of Qwix, which must divide, and our groups would differ."""
+    sizes = {
+        (model, weights): quant_arms.group_size(PROBLEMS[model], weights)
+        for model in PROBLEMS
+        for weights in ("int4", "NF4")
+    }
+
+    assert sizes == {("mlp", "int4"): 16, ("mlp", "NF4"): 16, ("transformer", "int4"): 32, ("transformer", "NF4"): 64}
 
 
 @QWIX
