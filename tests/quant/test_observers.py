@@ -28,62 +28,92 @@ def observed(spec, batches, axis=None, **options):
     return obs, state
 
 
+def clipped_db(x, clip, steps):
+    """Returns the SQNR of a fine grid of `steps` steps up to `clip`: uniform errors inside, what is cut off outside."""
+    beyond = np.maximum(np.abs(np.asarray(x, np.float64)) - clip, 0)
+    inside = np.mean((beyond == 0) & (np.asarray(x) != 0))  # zeros are exact
+    return 10 * np.log10(
+        np.mean(np.square(x, dtype=np.float64)) / (np.mean(beyond**2) + inside * (clip / steps) ** 2 / 12)
+    )
+
+
 @pytest.mark.parametrize(
     ("bits", "expected"),
     [
-        (4, {"absmax": 14.2, "kl": 16.6, "percentile99.9": 17.4, "mse": 18.9}),
-        (8, {"absmax": 39.4, "kl": 39.4, "percentile99.9": 36.9, "mse": 40.5}),
+        (4, {"absmax": (14.2, 0.7), "kl": (16.6, 0.7), "percentile99.9": (17.4, 0.3), "mse": (18.9, 0.15)}),
+        (8, {"absmax": (39.4, 0.7), "kl": (39.4, 1.2), "percentile99.9": (36.9, 0.9), "mse": (40.5, 0.5)}),
     ],
 )
 def test_calibrations_on_a_normal_distribution(bits, expected):
-    """Checks 21 and 22, of the array itself and of histograms of batches; absmax moves with the largest sample."""
-    found = {}
-    for name, decibels in expected.items():
+    """Checks 21 and 22, of the array itself and of histograms of batches.
+
+    What is beyond four deviations, some ten of 200,000 samples, differs from sample to sample: tolerances hold on four
+    seeds. Under its own threshold an array has the error that follows from the sample, to a tenth of a decibel.
+    """
+    found, steps = {}, 2 ** (bits - 1) - 1
+    for name, (decibels, spread) in expected.items():
         spec = f"int{bits},{name}"
         obs, state = observed(spec, jnp.split(NORMAL, 10))
         of_array = sqnr_db(NORMAL, fake_quantize(NORMAL, spec))
         of_batches = sqnr_db(NORMAL, fake_quantize(NORMAL, spec, scale=obs.scale(state)[0]))
 
-        # What is beyond four deviations, some ten of 200,000 samples, differs from sample to sample.
-        assert of_array == pytest.approx(decibels, abs={"absmax": 0.5, "kl": 0.8}.get(name, 0.3))
+        assert of_array == pytest.approx(decibels, abs=spread)
         assert of_batches == pytest.approx(of_array, abs=0.5 if name == "kl" else 0.1)
+        clip = float(quantize(NORMAL, spec).scale[0]) * steps
+        assert of_array == pytest.approx(clipped_db(NORMAL, clip, steps), abs=0.1 if bits == 4 else 0.02)
         found[name] = of_array
 
     assert max(found, key=found.get) == "mse"
 
 
 @pytest.mark.parametrize(
-    ("bits", "clip", "mse"),
-    [(2, 1.225, 0.1911), (3, 1.955, 0.0472), (4, 2.475, 0.01298), (6, 3.255, 0.00108), (8, 4.01, 8.97e-5)],
+    ("bits", "clip", "mse", "near", "rel"),
+    [
+        (2, 1.225, 0.1911, 0.03, 0.015),
+        (3, 1.955, 0.0472, 0.03, 0.015),
+        (4, 2.475, 0.01298, 0.03, 0.02),
+        (6, 3.255, 0.00108, 0.06, 0.04),
+        (8, 4.01, 8.97e-5, 0.15, 0.1),
+    ],
 )
-def test_the_best_clip_of_a_normal_distribution(bits, clip, mse):
-    """Check 20, within .03 deviations and the sample's own error."""
-    stored = quantize(NORMAL, f"int{bits},mse")
+def test_the_best_clip_of_a_normal_distribution(bits, clip, mse, near, rel):
+    """Check 20, as near as four seeds came; and none of 61 clips around it has less error on the same sample."""
+    stored, top = quantize(NORMAL, f"int{bits},mse"), 2 ** (bits - 1) - 1
+    error = float(jnp.mean((stored.dequantize() - NORMAL) ** 2))
 
-    found = float(stored.scale[0]) * (2 ** (bits - 1) - 1)
-    assert found == pytest.approx(clip, abs=0.03 if bits < 6 else 0.08)
-    assert float(jnp.mean((stored.dequantize() - NORMAL) ** 2)) == pytest.approx(mse, rel=0.015 if bits < 8 else 0.08)
+    found = float(stored.scale[0]) * top
+    assert found == pytest.approx(clip, abs=near)
+    assert error == pytest.approx(mse, rel=rel)
+    x = np.asarray(NORMAL, np.float64)
+    scales = found / top * np.linspace(0.85, 1.15, 61)
+    assert error <= 1.002 * min(np.mean((np.clip(np.rint(x / s), -top, top) * s - x) ** 2) for s in scales)
 
 
 def test_kl_does_not_count_the_zeros_of_a_relu():
-    """Check 23: with the zeros counted the threshold would be 1.85 and 17.4 dB."""
+    """Check 23: with the zeros counted the threshold would be 1.85 and 17.4 dB; whole, some 4.5 and 38.9 dB.
+
+    On four seeds the threshold was 4.0 to 4.2, where errors are a little less than of the whole range.
+    """
     x = jax.nn.relu(NORMAL)
 
     obs, state = observed("int8,kl", [x])
 
-    assert float(obs.range(state).high[0]) > 4
-    assert sqnr_db(x, fake_quantize(x, "int8,kl")) == pytest.approx(38.9, abs=1.5)
+    assert float(obs.range(state).high[0]) > 3.8
+    clip = float(quantize(x, "int8,kl").scale[0]) * 127
+    decibels = sqnr_db(x, fake_quantize(x, "int8,kl"))
+    assert decibels > 38.9
+    assert decibels == pytest.approx(clipped_db(x, clip, 127), abs=0.02)
 
 
 def test_kl_clips_huge_outliers_and_mse_keeps_them():
-    """Check 24: 20 of 200,000 with deviation 30."""
+    """Check 24: 20 of 200,000 with deviation 30; on four seeds KL clips at 4 to 6.5."""
     x = NORMAL.at[:20].mul(30)
     largest = float(jnp.max(jnp.abs(x)))
 
     clips = {name: float(quantize(x, f"int8,{name}").scale[0]) * 127 for name in ("mse", "kl", "percentile99.99")}
 
     assert clips["mse"] > 0.4 * largest
-    assert clips["kl"] == pytest.approx(4.5, abs=1)
+    assert clips["kl"] == pytest.approx(4.5, abs=2.5)
     assert clips["percentile99.99"] < 10
 
 
