@@ -30,7 +30,7 @@ def test_a_converted_transformer_is_as_small_as_it_should_be(policy, share):
 
 
 def test_all_products_and_lookups_of_a_transformer_are_sites():
-    """Check 27: six linears a block and the head, queries by keys and weights by values, tables of tokens and of positions."""
+    """Check 27: six linears a block and the head, two attention products a block, tables of tokens and positions."""
     model = models.build(TransformerConfig(depth=4, width=256, heads=4), DataSpec("language_model", (128,), 256), 0)
 
     table = pl.sites(model, jax.ShapeDtypeStruct((1, 128), np.int32), policy="embedding=int4@group128")
