@@ -56,7 +56,7 @@ def linen_call(
 
 
 @functools.cache
-def _class_under_policy(plain: Any, policy: Policy, qat: QAT | None = None) -> type:
+def _class_under_policy(plain: Any, policy: Policy, qat: QAT | None) -> type:
     """Returns the subclass of `plain` that follows `policy`; its own code always runs as `plain`."""
 
     def __post_init__(self: Any) -> None:  # noqa: N807

@@ -35,7 +35,7 @@ def nnx_under_policy(model: nnx.Module, policy: Policy) -> Any:
     if isinstance(copy, CONTAINERS) or not _methods(plain):
         raise TypeError(f"{plain.__name__} has no __call__; apply the policy to a function of its parameters instead.")
     _open_scopes(copy)
-    copy.__class__ = _class_under_policy(plain, policy)
+    copy.__class__ = _class_under_policy(plain, policy, None)
     return copy
 
 
@@ -205,7 +205,7 @@ def _attributes(model: nnx.Module) -> dict[tuple[str, str], Any]:
 
 
 @functools.cache
-def _class_under_policy(plain: type, policy: Policy, qat: QAT | None = None) -> type:
+def _class_under_policy(plain: type, policy: Policy, qat: QAT | None) -> type:
     """Returns the subclass of `plain` whose calls follow `policy`; the same one each time, as jit caches need."""
 
     def under_policy(name: str) -> Callable[..., Any]:

@@ -194,11 +194,12 @@ def test_a_model_with_a_policy_inside_is_refused_whole():
 
 def test_keys_made_of_arrays_differ_for_arrays_of_few_bits():
     """4096 arrays of E4M3 values had 2561 keys; a birthday collision among 2^32 has odds of 1 in 500."""
-    from precision_lab.rewrite.quantized import _key_of
+    from precision_lab.rewrite.quantized import key_for
 
+    drawn = pl.quantizer("int8@tensor,stochastic")
     arrays = pl.round_to(jax.random.normal(jax.random.key(0), (4096, 8, 8)), "float8_e4m3fn")
 
-    keys = jax.vmap(lambda x: jax.random.key_data(_key_of(x)))(arrays)
+    keys = jax.vmap(lambda x: jax.random.key_data(key_for(x, drawn)))(arrays)
 
     assert len(np.unique(np.asarray(keys), axis=0)) >= 4094
-    assert not np.array_equal(*(jax.random.key_data(_key_of(x)) for x in (arrays[0], -arrays[0])))
+    assert not np.array_equal(*(jax.random.key_data(key_for(x, drawn)) for x in (arrays[0], -arrays[0])))
