@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 
-from precision_lab.nn.carried import Scales, given_scales
+from precision_lab.nn.carried import Scales, given_scales, refuse_adapters
 from precision_lab.nn.pure import PureCall, apart, pure_call, signature
 from precision_lab.policy import Policy
 from precision_lab.policy.deriving import for_inference, with_static_scales, without_quantizers
@@ -89,6 +89,7 @@ def calibrate(
 
     Source: Krishnamoorthi, "Quantizing deep convolutional networks", 2018, arXiv:1806.08342, section 3.1.
     """
+    refuse_adapters(target, params, "calibrate")
     policy = with_static_scales(for_inference(Policy.parse(policy)))
     states: dict[tuple[str, str], ObserverState] = {}
     observers: Observers = {}
@@ -103,6 +104,7 @@ def calibrate(
             states[key] = observers[key].followed(states[key], state) if key in states else state
     if first is None:
         raise ValueError("calibrate got no batches; give at least one, such as [x] or a list of tuples of arguments.")
+    states = _reached(states)
     _warn_of_nonfinite(states)
     scales: Scales = {}
     for (site, role), state in states.items():
@@ -187,7 +189,7 @@ def _run(pure: PureCall, policy: Policy, observers: Observers, compiled: dict[An
     """Returns what observers see in one call in floating formats; `compiled` keeps the programs."""
     given = (pure.params, pure.args, pure.kwargs)
     arrays, together = apart(given)
-    if (key := signature(given)) not in compiled:
+    if (key := (pure.called, signature(given))) not in compiled:
         plain = without_quantizers(policy)
         compiled[key] = jax.jit(lambda arrays: _observed(pure, plain, observers, *together(arrays)))
     return compiled[key](arrays)
@@ -212,6 +214,18 @@ def _observed(
         traced = trace(fn, params, (), {})
     _, found = harvest(traced.jaxpr, traced.arrays, Collector(wants, measure, _Seen.merged, _Seen.emptied))
     return {(mark.site, mark.role): seen.state for mark, seen in found.items()}
+
+
+def _reached(states: dict[tuple[str, str], ObserverState]) -> dict[tuple[str, str], ObserverState]:
+    """Returns the states that have seen something; warns of the others, whose scales stay dynamic."""
+    missed = [site for (site, _), state in states.items() if not int(state.updates)]
+    if missed:
+        warnings.warn(
+            f"no batch reached {len(missed)} of {len(states)} operands, such as that of '{missed[0]}': their scales "
+            "are found anew in every call.",
+            stacklevel=3,
+        )
+    return {key: state for key, state in states.items() if int(state.updates)}
 
 
 def _warn_of_nonfinite(states: Mapping[tuple[str, str], ObserverState]) -> None:

@@ -25,3 +25,9 @@ def given_scales(scales: Mapping[str, Any]) -> dict[str, dict[str, Given]]:
 def adapters_of(matrices: Mapping[str, Any], factor: Any) -> dict[str, Adapter]:
     """Returns stored adapters as the rewrite takes them; no gradient reaches their factor."""
     return {path: Adapter(pair["a"], pair["b"], jax.lax.stop_gradient(factor)) for path, pair in matrices.items()}
+
+
+def refuse_adapters(target: Any, params: Any, what: str) -> None:
+    """Raises ValueError for a model with adapters, which `what` would not see."""
+    if hasattr(target, LORA) or (isinstance(params, Mapping) and LORA in params):
+        raise ValueError(f"{what} does not see the adapters of this model; merge them first: nn.merge_lora(model, x).")

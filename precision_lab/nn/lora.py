@@ -86,8 +86,8 @@ def add_lora(
 def merge_lora(target: Any, *args: Any, params: Any = None, **kwargs: Any) -> Any:
     """Returns what `add_lora` was given, with W + (alpha / rank) A B in the place of each weight W.
 
-    Packed weights become floating arrays: to pack the sum again is a second rounding, which at few bits costs what the
-    adapter gained.
+    Packed weights become floating arrays, which the model's policy gets rules to leave alone: to quantize the sum again
+    is a second rounding, which at few bits costs what the adapter gained.
 
     Args:
       target: an NNX model or a Linen module with adapters.
@@ -102,13 +102,24 @@ def merge_lora(target: Any, *args: Any, params: Any = None, **kwargs: Any) -> An
         bare = nnx.clone(target)
         for name in (LORA, LORA_FACTOR):
             delattr(bare, name)
-        replace_params(bare, _sums(bare, adapters, None, args, kwargs))
-        return bare
+        sums = _sums(bare, adapters, None, args, kwargs)
+        replace_params(bare, sums)
+        return nnx_under_policy(bare, _without_weights(bare, sums)) if hasattr(type(bare), "precision_policy") else bare
     if isinstance(target, linen.Module) and LORA in (params or {}):
         adapters = adapters_of(params[LORA], params[LORA_FACTOR]["value"])
         base = {name: tree for name, tree in params.items() if name not in (LORA, LORA_FACTOR)}
-        return target, {**base, "params": replaced(base["params"], _sums(target, adapters, base, args, kwargs))}
+        sums = _sums(target, adapters, base, args, kwargs)
+        merged = {**base, "params": replaced(base["params"], sums)}
+        return linen_under_policy(target, _without_weights(target, sums)), merged
     raise TypeError(f"merge_lora takes an NNX or Linen model with adapters, got {type(target).__name__} without.")
+
+
+def _without_weights(target: Any, merged: Mapping[str, Any]) -> Policy:
+    """Returns the policy of a model with rules that leave merged weights as they are."""
+    policy = _policy_of(target, None)
+    for path in merged if policy.quantizes else ():
+        policy = policy.with_rule(path, weight=None)
+    return policy
 
 
 def _sums(target: Any, adapters: Mapping[str, Adapter], params: Any, args: Any, kwargs: Any) -> dict[str, jax.Array]:

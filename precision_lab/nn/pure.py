@@ -22,6 +22,7 @@ class PureCall(NamedTuple):
       root: name scope to leave out of site paths.
       types: type name of each module by path; of a Linen model filled when `fn` runs.
       is_model: whether it is a model's, whose params a policy stores in its own dtype.
+      called: signature of the arguments as they were given; those of an NNX call that are no arrays are part of `fn`.
     """
 
     fn: Callable[..., Any]
@@ -31,6 +32,7 @@ class PureCall(NamedTuple):
     root: str
     types: dict[str, str]
     is_model: bool
+    called: tuple[Any, ...] = ()
 
 
 def pure_call(target: Any, args: Any, kwargs: dict[str, Any]) -> PureCall:
@@ -46,7 +48,9 @@ def pure_call(target: Any, args: Any, kwargs: dict[str, Any]) -> PureCall:
     """
     if isinstance(target, nnx.Module):
         (fn, params, rest), types = nnx_call(target, args, kwargs)
-        return PureCall(lambda params, rest: fn(params, rest)[0], params, [rest], {}, "", types, True)
+        return PureCall(
+            lambda params, rest: fn(params, rest)[0], params, [rest], {}, "", types, True, signature((args, kwargs))
+        )
     if isinstance(target, linen.Module):
         types: dict[str, str] = {}
         fn, params, rest, root = linen_call(target, *args, types=types, **kwargs)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from precision_lab.nn.calibration import arguments, as_call
+from precision_lab.nn.carried import refuse_adapters
 from precision_lab.nn.pure import PureCall, apart, pure_call, signature
 from precision_lab.nn.storage import bytes_under
 from precision_lab.policy import Policy
@@ -66,6 +67,7 @@ def sensitivity(
       ValueError: no batches, no policies or the same one twice; policies that differ from the reference at no site, or
         elsewhere than in products and lookups; a rule that matches no site.
     """
+    refuse_adapters(target, params, "sensitivity")
     names = (str(reference), *map(str, policies))
     if len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(f"sensitivity needs a reference and other policies, each once, got {', '.join(names)}.")
@@ -131,7 +133,7 @@ class _Run(NamedTuple):
         """Returns two functions: from choices to the output and loss of a batch, and to the powers at its sites."""
         given = (pure.params, pure.args, pure.kwargs, labels)
         arrays, together = apart(given)
-        if (key := signature(given)) not in self.compiled:
+        if (key := (pure.called, signature(given))) not in self.compiled:
             self.compiled[key] = jax.jit(self._chosen(pure, together)), jax.jit(self._powers(pure, together))
         chosen, powers = self.compiled[key]
         return (lambda choices: chosen(choices, arrays)), (lambda: powers(arrays))

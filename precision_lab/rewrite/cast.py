@@ -249,7 +249,12 @@ def _product_of_quantized(
 ) -> jax.Array:
     """Returns the product of operands that are quantized first: of their codes where `how` can, else of values."""
     sides = list(zip(operands, before, layouts.op.contracted(), layouts.operands, given, strict=True))
-    if how.codes is None and isinstance(layouts.op, Matmul) and (rows := block_rows(operands[1])):
+    if (
+        how.codes is None
+        and how.accum.is_native
+        and isinstance(layouts.op, Matmul)
+        and (rows := block_rows(operands[1]))
+    ):
         return _product_in_blocks(_values(*sides[0]), operands[1], rows, how)
     values = [_values(*side) for side in sides]
     plain = dataclasses.replace(how, operands=tuple(dataclasses.replace(one, quantizer=None) for one in how.operands))

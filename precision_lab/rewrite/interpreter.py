@@ -32,7 +32,7 @@ Values = list[Any]
 
 def evaluate(plan: Plan, jaxpr: Any, consts: Sequence[Any], operands: Sequence[Any]) -> Values:
     """Returns the outputs of a jaxpr, evaluated as `plan` says, in the types that the jaxpr has for them."""
-    return as_traced(jaxpr.outvars, _evaluate(plan, jaxpr, consts, operands))
+    return as_traced(jaxpr.outvars, [dense(x) for x in _evaluate(plan, jaxpr, consts, operands)])
 
 
 def _evaluate(plan: Plan, jaxpr: Any, consts: Sequence[Any], operands: Sequence[Any]) -> Values:

@@ -11,6 +11,7 @@ import numpy as np
 
 from precision_lab.quant import QTensor
 from precision_lab.quant.core import Given
+from precision_lab.quant.options import DOUBLE
 from precision_lab.rewrite import _compat
 from precision_lab.rewrite.held import quantized_by, require_state
 from precision_lab.rewrite.parameters import Parameter, is_stored
@@ -43,7 +44,9 @@ def looked_up(eqn: Any, table: Any, indices: jax.Array, step: Lookup) -> jax.Arr
         table.noted(step.site, step.quantizer, axes, "lhs", lambda scales: scales)
         table = table.values()
     require_state(step.site, "table", step.quantizer, step.given)
-    by_row = step.quantizer.granularity.kind in _OF_A_ROW and len(axes) == 1
+    qz = step.quantizer
+    alone = qz.scale_format != DOUBLE and qz.rounding != "stochastic"  # else a row's values depend on the others
+    by_row = qz.granularity.kind in _OF_A_ROW and len(axes) == 1 and alone
     if by_row and isinstance(step.given, Given) and step.given.scale is None:
         rows = _bind(eqn, table, indices)
         return fake_quantized(rows, step.quantizer, (rows.ndim - 1,)).astype(dtype)

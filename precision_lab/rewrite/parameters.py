@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from precision_lab.quant import QTensor, Quantizer
@@ -120,7 +119,9 @@ class Parameter:
         if eqn.primitive.name == "transpose":
             return dataclasses.replace(self, order=tuple(self.order[axis] for axis in eqn.params["permutation"]))
         dtype = np.dtype(eqn.params.get("new_dtype", np.int32))
-        if eqn.primitive.name == "convert_element_type" and jnp.issubdtype(dtype, jnp.floating):
+        # A second cast would hide what the first has rounded away.
+        first = self.dtype == np.dtype(self.value.dtype) and dtype.name in ("float16", "bfloat16", "float32")
+        if eqn.primitive.name == "convert_element_type" and first:
             return dataclasses.replace(self, dtype=dtype)
         return None
 

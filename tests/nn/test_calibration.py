@@ -158,5 +158,35 @@ def test_calibrations_with_histograms_reach_the_sites(calibration):
     assert high == 40 if calibration == "absmax" else high < 39
 
 
+def test_arguments_that_are_no_arrays_have_a_program_each():
+    class Scaled(nnx.Module):
+        def __init__(self, rngs):
+            self.first, self.second = nnx.Linear(2, 2, rngs=rngs), nnx.Linear(2, 2, rngs=rngs)
+
+        def __call__(self, x, large):
+            return self.second(self.first(x) * (100 if large else 1))
+
+    model, x = Scaled(nnx.Rngs(0)), jnp.ones((1, 2))
+
+    both = pl.calibrate(model, "w8a8", [(x, False), (x, True)])
+
+    assert (
+        both.ranges["second/kernel", "lhs"] == pl.calibrate(model, "w8a8", [(x, True)]).ranges["second/kernel", "lhs"]
+    )
+
+
+def test_a_site_that_no_batch_reaches_keeps_a_dynamic_scale():
+    def fn(params, x):
+        return jax.lax.cond(x[0, 0] > 0, lambda: x @ params["w"], lambda: x @ params["v"])
+
+    params = {"w": jnp.eye(2), "v": jnp.eye(2)}
+
+    with pytest.warns(UserWarning, match="no batch reached 1 of 2 operands, such as that of 'v'"):
+        calibrated = pl.calibrate(fn, "w8a8", [jnp.ones((1, 2))], params)
+
+    assert list(calibrated.scales) == ["w"]
+    np.testing.assert_allclose(calibrated(jnp.full((1, 2), -0.01)), -0.01, rtol=0.01)
+
+
 def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)

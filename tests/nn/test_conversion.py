@@ -272,5 +272,49 @@ def test_a_large_weight_is_widened_in_blocks_and_gives_the_same_product_and_grad
     assert "256,24]" not in text.replace("u8[", "")
 
 
+@pytest.mark.parametrize("through", [jnp.bfloat16, jnp.float8_e4m3fn])
+def test_a_weight_that_is_cast_twice_is_quantized_from_what_the_first_cast_left(through):
+    def fn(params, x):
+        return x @ params["w"].astype(through).astype(jnp.float32) + x @ params["v"]
+
+    params = {name: jax.random.normal(jax.random.key(i), (64, 8)) for i, name in enumerate("wv")}
+    x = jax.random.normal(jax.random.key(2), (4, 64))
+
+    run, stored = pl.convert(fn, "w4a16", x, params=params)
+
+    assert_equal(run(stored, x), pl.apply_policy(fn, "w4a16")(params, x))
+
+
+def test_a_parameter_that_is_returned_is_an_array_and_stays_one():
+    def fn(params, x):
+        return x @ params["w"], params["w"], x @ params["v"]
+
+    params = {name: jnp.eye(32) for name in "wv"}
+
+    with pytest.warns(UserWarning, match="'w' is quantized in every call"):
+        run, stored = pl.convert(fn, "w4a16", jnp.ones((1, 32)), params=params)
+
+    assert list(packed_leaves(stored)) == ["['v']"]
+    assert_equal(run(stored, jnp.ones((1, 32)))[1], params["w"])
+
+
+def test_a_simulated_accumulator_reaches_across_the_blocks_of_a_large_weight(monkeypatch):
+    params, x = {"w": jax.random.normal(jax.random.key(0), (256, 8))}, jax.random.normal(jax.random.key(1), (3, 256))
+    policy = "weight=int8@channel,accum=bfloat16"
+    monkeypatch.setattr("precision_lab.rewrite.packed.SIZE", 1)
+    monkeypatch.setattr("precision_lab.rewrite.packed._ROWS", 64)
+
+    run, stored = pl.convert(lambda params, x: x @ params["w"], policy, x, params=params)
+
+    assert_equal(run(stored, x), pl.apply_policy(lambda params, x: x @ params["w"], policy)(params, x))
+
+
+def test_rows_of_a_table_whose_scales_are_quantized_together_do_not_depend_on_the_others():
+    params = {"e": jax.random.normal(jax.random.key(0), (32, 64)) * jnp.arange(1, 33)[:, None]}
+    under = pl.apply_policy(lambda params, i: jnp.take(params["e"], i, axis=0), "embedding=nf4@group16,double")
+
+    assert_equal(under(params, jnp.asarray([3]))[0], under(params, jnp.asarray([3, 31]))[0])
+
+
 def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)

@@ -73,9 +73,17 @@ def test_a_merged_model_computes_what_the_adapters_did(base):
     merged = merge_lora(tuned, X)
 
     assert not any(isinstance(leaf, QTensor) for leaf in jax.tree.leaves(nnx.state(merged), is_leaf=is_qtensor))
-    plain = merged if base is None else pl.apply_policy(merged, "float32")  # else it would be quantized again
     scale = float(jnp.max(jnp.abs(tuned(X))))
-    np.testing.assert_allclose(plain(X), tuned(X), rtol=0, atol=1e-5 * scale)
+    np.testing.assert_allclose(merged(X), tuned(X), rtol=0, atol=1e-5 * scale)
+
+
+def test_what_does_not_see_adapters_refuses_them():
+    tuned = add_lora(mlp(None), X, rank=2, key=jax.random.key(1))
+
+    with pytest.raises(ValueError, match="calibrate does not see the adapters of this model; merge them first"):
+        pl.calibrate(tuned, "w8a8", [X])
+    with pytest.raises(ValueError, match="sensitivity does not see the adapters"):
+        pl.sensitivity(tuned, ["w8a8"], [X])
 
 
 def is_qtensor(leaf):
