@@ -115,7 +115,9 @@ def ways_of(params: Any, uses: Uses, scales: Scales) -> dict[str, How]:
     shapes = {path: np.shape(leaf) for path, leaf in named(params).items() if not is_qtensor(leaf)}
     quantized = {path: found for path, found in uses.by_path.items() if any(use.quantizer for use in found)}
     ways = {path: _how(found, shapes[path]) for path, found in quantized.items() if path in shapes}
-    return {path: _with_scale(how, uses.places.get(path, {}), scales, shapes[path]) for path, how in ways.items()}
+    found = {path: _with_scale(how, uses.places.get(path, {}), scales, shapes[path]) for path, how in ways.items()}
+    changed = How(None, "it is computed with before it is multiplied")
+    return found | dict.fromkeys(sorted(uses.weights & shapes.keys() - found.keys()), changed)
 
 
 def _with_scale(

@@ -21,7 +21,7 @@ from precision_lab.rewrite.parameters import Parameter, Uses, abstract, is_qtens
 from precision_lab.rewrite.plan import Planner
 from precision_lab.rewrite.scaled import Amaxes, scaled_roles
 from precision_lab.rewrite.shadows import with_shadows
-from precision_lab.rewrite.sites import SiteTable
+from precision_lab.rewrite.sites import Site, SiteTable
 from precision_lab.rewrite.steps import Plan
 
 
@@ -107,12 +107,19 @@ def call(
     scaled = {site: Amaxes(roles, margin) for site, roles in (amaxes or {}).items()}
     options: dict[str, Any] = {"amaxes": scaled, "given": Known(given or {}, numbers or {}), "adapters": adapters}
     options["every_product"] = uses is not None
-    plan, _ = planned(traced, policy, root, types, every_rule=every_rule, **options)
+    plan, table = planned(traced, policy, root, types, every_rule=every_rule, **options)
+    if uses is not None:
+        uses.weights |= {site.path for site in table if "weight" in site.quantized_by and _quantizes_weight(site)}
     arrays = [
         Parameter.of(x, origin, uses) if origin and (is_qtensor(x) or (uses and is_castable(x))) else x
         for x, origin in zip(traced.arrays, traced.origins, strict=True)
     ]
     return traced.rebuild(evaluate(plan, traced.jaxpr, traced.jaxpr.consts, arrays))
+
+
+def _quantizes_weight(site: Site) -> bool:
+    """Returns whether a weight is quantized at a site."""
+    return site.treatment is not None and site.treatment.weight is not None
 
 
 def sites_of_function(

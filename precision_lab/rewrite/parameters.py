@@ -50,6 +50,7 @@ class Uses:
         self.places: dict[
             str, dict[tuple[str, str], np.ndarray]
         ] = {}  # by path, site and operand; see `Parameter.noted`
+        self.weights: set[str] = set()  # paths of what products quantize as weights, computed with before or not
 
     def note(self, path: str, use: Use) -> None:
         """Adds a use."""

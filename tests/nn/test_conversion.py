@@ -228,6 +228,15 @@ def test_a_parameter_with_two_uses_stays_and_is_named():
     assert_equal(run(stored, jnp.ones((1, 4))), pl.apply_policy(fn, "w8a8")(params, jnp.ones((1, 4))))
 
 
+def test_a_weight_that_is_computed_with_before_it_is_multiplied_stays_and_is_named():
+    params = {name: jnp.eye(32) for name in "wv"}
+
+    with pytest.warns(UserWarning, match="'w' is quantized in every call, not stored: it is computed with before"):
+        _, stored = pl.convert(lambda p, x: x @ (p["w"] * 2) + x @ p["v"], "w4a16", jnp.ones((1, 32)), params=params)
+
+    assert list(packed_leaves(stored)) == ["['v']"]
+
+
 def test_what_cannot_be_converted_is_refused():
     model = transformer()
 
