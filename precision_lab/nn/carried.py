@@ -12,9 +12,8 @@ from precision_lab.rewrite import Adapter
 
 SCALES = "quantization_scales"  # attribute of a converted NNX model, collection of a Linen model
 LORA, LORA_FACTOR = "lora_adapters", "lora_factor"  # likewise: adapters by path, and the one factor of them all
-Scales = dict[
-    str, dict[str, dict[str, jax.Array]]
-]  # of each site and operand: scale, and zero_point where there is one
+# Of each site and operand: its scale, and its zero point where there is one.
+Scales = dict[str, dict[str, dict[str, jax.Array]]]
 
 
 def given_scales(scales: Mapping[str, Any]) -> dict[str, dict[str, Given]]:

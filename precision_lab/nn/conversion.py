@@ -29,6 +29,7 @@ from precision_lab.ptq import round_to_nearest
 from precision_lab.quant import QTensor, quantize
 from precision_lab.rewrite import Use, Uses, call, is_qtensor
 
+CONVERTED = "precision_converted"  # attribute of a function that convert returned
 Method = Callable[[jax.Array, Any, tuple[int, ...]], tuple[QTensor, Any]]
 
 
@@ -225,6 +226,7 @@ def _assembled(target: Any, policy: Policy, calibrated: Calibrated, stored: dict
     def converted(params: Any, /, *args: Any, **kwargs: Any) -> Any:
         return policy.cast_to_output(call(target, policy, params, args, kwargs, given=given))
 
+    setattr(converted, CONVERTED, True)
     return converted, replaced(calibrated.params, stored)
 
 

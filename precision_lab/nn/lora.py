@@ -24,7 +24,7 @@ import numpy as np
 from flax import linen, nnx
 
 from precision_lab.nn.carried import LORA, LORA_FACTOR, adapters_of
-from precision_lab.nn.conversion import named, replaced, uses_of
+from precision_lab.nn.conversion import CONVERTED, named, replaced, uses_of
 from precision_lab.nn.linen_policy import linen_under_policy
 from precision_lab.nn.nnx_policy import carried_by, nnx_under_policy, replace_params
 from precision_lab.policy import Policy
@@ -53,7 +53,8 @@ def add_lora(
     Adapters are float32 and multiply in the compute format of the site, without its quantizers.
 
     Args:
-      target: an `nnx.Module` or `linen.Module`, converted or not, or a function `fn(params, *args)`.
+      target: an `nnx.Module` or `linen.Module`, converted or not, or a function `fn(params, *args)`, its params packed
+        or not.
       args, kwargs: an example of what it is called with; nothing is executed on it.
       rank: columns of A and rows of B.
       key: randomness of A.
@@ -69,10 +70,15 @@ def add_lora(
 
     Raises:
       TypeError: arguments are missing or not for this target.
-      ValueError: no weight matches, or a rank below 1.
+      ValueError: no weight matches, a rank below 1, or a function that convert returned.
     """
     if rank < 1:
         raise ValueError(f"rank={rank}: an adapter has a rank of 1 or more.")
+    if hasattr(target, CONVERTED):
+        raise ValueError(
+            "this function is one that convert returned, whose products are out of reach: give add_lora the function "
+            "that was converted, policy= as it was, and the packed params. Static scales would be lost."
+        )
     policy = _policy_of(target, policy)
     own, uses = uses_of(target, policy, params, args, kwargs)
     shapes = {path: leaf.shape for path, leaf in named(own).items()}
@@ -130,11 +136,12 @@ def _sums(target: Any, adapters: Mapping[str, Adapter], params: Any, args: Any, 
 
 
 def _sum(weight: Any, adapter: Adapter, use: Use) -> jax.Array:
-    """Returns a weight with its adapter added, float32 if it is packed."""
+    """Returns a weight with its adapter added, in the dtype of its values."""
     values = weight.dequantize() if is_qtensor(weight) else weight
     order = (*use.axes, *(axis for axis in use.order if axis not in use.axes))  # (in, out) as axes of the weight
     sizes = [values.shape[axis] for axis in order]
-    added = (adapter.factor * (adapter.a @ adapter.b)).reshape(sizes).transpose(np.argsort(order))
+    product = jnp.matmul(adapter.a, adapter.b, precision=jax.lax.Precision.HIGHEST)
+    added = (adapter.factor * product).reshape(sizes).transpose(np.argsort(order))
     return (values.astype(jnp.float32) + added).astype(values.dtype)
 
 
@@ -149,10 +156,14 @@ def _chosen(uses: Mapping[str, list[Use]], shapes: Mapping[str, tuple[int, ...]]
     Raises:
       ValueError: there is none.
     """
-    found = {path: each for path, each in uses.items() if all(use.is_matrix and not use.stack for use in each)}
+    # Two products may take a weight in two orders, of which one adapter can be for one only.
+    ways = {path: {(use.axes, use.order, use.is_matrix, use.stack) for use in each} for path, each in uses.items()}
+    found = {path: uses[path] for path, each in ways.items() if len(each) == 1 and next(iter(each))[2:] == (True, 0)}
     chosen = {path: each[0] for path, each in found.items() if glob_matches(paths, path)}
     if not chosen:
-        known = ", ".join(list(found)[:5]) or "none: an adapter is for one matrix, not for convolutions or scans"
+        known = (
+            ", ".join(list(found)[:5]) or "none: an adapter is for a matrix in one order, not for convolutions or scans"
+        )
         raise ValueError(f"paths='{paths}' matches no weight that can have an adapter; there are {known}.")
     return {path: _sizes(shapes[path], use) for path, use in chosen.items()}
 

@@ -51,6 +51,10 @@ class Rule:
         """Returns whether the rule says anything about one of these settings."""
         return any(key in keys for key, _ in self.settings)
 
+    def quantizes(self, *keys: str) -> bool:
+        """Returns whether the rule gives a quantizer to one of these settings."""
+        return any(key in keys and value is not None for key, value in self.settings)
+
     def __str__(self) -> str:
         return f"{self.pattern}:" + ",".join(f"{key}={SETTINGS[key].show(value)}" for key, value in self.settings)
 

@@ -43,14 +43,18 @@ class Use(NamedTuple):
 
 
 class Uses:
-    """Collects, while a function is traced, how each of its parameters is used."""
+    """Collects, while a function is traced, how each of its parameters is used.
+
+    Attributes:
+      by_path: uses of each parameter.
+      places: by path, site and operand, where in the product the scales of a stored parameter are; see `noted`.
+      weights: paths of what products quantize as weights, whether or not it was computed with before.
+    """
 
     def __init__(self) -> None:
         self.by_path: dict[str, list[Use]] = {}
-        self.places: dict[
-            str, dict[tuple[str, str], np.ndarray]
-        ] = {}  # by path, site and operand; see `Parameter.noted`
-        self.weights: set[str] = set()  # paths of what products quantize as weights, computed with before or not
+        self.places: dict[str, dict[tuple[str, str], np.ndarray]] = {}
+        self.weights: set[str] = set()
 
     def note(self, path: str, use: Use) -> None:
         """Adds a use."""

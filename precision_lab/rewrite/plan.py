@@ -17,6 +17,7 @@ import numpy as np
 
 from precision_lab.policy import OP_TABLE, Policy, Treatment
 from precision_lab.policy.ops import ACTIVATIONS
+from precision_lab.policy.treatment import OF_PRODUCTS
 from precision_lab.rewrite import _compat
 from precision_lab.rewrite.adapters import Adapter, is_matrix
 from precision_lab.rewrite.cast import casting_of, quantizers_of
@@ -315,7 +316,7 @@ class Planner:
                 self._report_hidden(inner, scope, holder)
 
     def require_every_rule_used(self) -> None:
-        """Raises ValueError if a rule matched no site, naming the nearest one."""
+        """Raises ValueError if a rule matched no site, naming the nearest, or only sites that it cannot change."""
         names = [_names(site) for site in self.sites]
         unused = [rule for rule in self.policy.rules if not any(rule.matches(*each) for each in names)]
         if unused:
@@ -325,6 +326,9 @@ class Planner:
             if all(site.reason for site in matched):
                 why = f"{matched[0].name}: {matched[0].reason}"
                 raise ValueError(f"rule '{rule.pattern}' matches only sites that cannot be cast ({why}).")
+            of_products = rule.quantizes(*OF_PRODUCTS) and not rule.quantizes("embedding")
+            if of_products and all(site.op == LOOKUP for site in matched):
+                raise ValueError(f"rule '{rule}' is for products, but '{matched[0].name}' is a lookup: say embedding=.")
 
 
 def _unused_message(pattern: str, unused: int, total: int, sites: Sequence[Site]) -> str:

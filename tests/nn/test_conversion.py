@@ -275,7 +275,8 @@ def test_a_large_weight_is_widened_in_blocks_and_gives_the_same_product_and_grad
     blocks, by_blocks = jax.value_and_grad(lambda x: jnp.sum(jnp.sin(run(stored, x))))(x)
 
     np.testing.assert_allclose(blocks, whole, rtol=1e-4)
-    np.testing.assert_allclose(by_blocks, by_whole, rtol=0, atol=0.01 * float(jnp.max(jnp.abs(by_whole))))
+    # Sums in another order put some cotangents on the other side of a bfloat16 rounding, 2^-8 of them.
+    np.testing.assert_allclose(by_blocks, by_whole, rtol=0, atol=2**-7 * float(jnp.max(jnp.abs(by_whole))))
     text = str(jax.make_jaxpr(lambda x: run(stored, x))(x))
     assert "scan" in text
     assert "256,24]" not in text.replace("u8[", "")
@@ -316,6 +317,13 @@ def test_a_simulated_accumulator_reaches_across_the_blocks_of_a_large_weight(mon
     run, stored = pl.convert(lambda params, x: x @ params["w"], policy, x, params=params)
 
     assert_equal(run(stored, x), pl.apply_policy(lambda params, x: x @ params["w"], policy)(params, x))
+
+
+def test_a_rule_for_products_that_matches_only_a_lookup_is_refused():
+    policy = pl.Policy.parse("float32").with_rule("e", weight="int2@tensor")
+
+    with pytest.raises(ValueError, match="is for products, but 'e:gather#0' is a lookup: say embedding="):
+        pl.apply_policy(lambda params, i: params["e"][i], policy)({"e": jnp.eye(4)}, jnp.asarray([1]))
 
 
 def test_rows_of_a_table_whose_scales_are_quantized_together_do_not_depend_on_the_others():

@@ -77,6 +77,27 @@ def test_a_merged_model_computes_what_the_adapters_did(base):
     np.testing.assert_allclose(merged(X), tuned(X), rtol=0, atol=1e-5 * scale)
 
 
+def test_a_weight_that_two_products_take_in_two_orders_has_no_adapter():
+    params = {"w": jnp.eye(4)}
+
+    with pytest.raises(ValueError, match="matches no weight that can have an adapter"):
+        add_lora(lambda p, x: x @ p["w"] @ p["w"].T, X, rank=1, key=jax.random.key(0), params=params)
+
+
+def test_a_function_has_adapters_beside_packed_params_but_not_after_it_was_converted():
+    def fn(params, x):
+        return x @ params["w"]
+
+    policy = "weight=nf4@group64,double"
+    run, packed = pl.convert(fn, policy, X, params={"w": jax.random.normal(jax.random.key(0), (4, 3))})
+
+    tuned, params = add_lora(fn, X, rank=1, key=jax.random.key(1), params=packed, policy=policy)
+
+    np.testing.assert_array_equal(tuned(params, X), run(packed, X))
+    with pytest.raises(ValueError, match="give add_lora the function that was converted"):
+        add_lora(run, X, rank=1, key=jax.random.key(1), params=packed)
+
+
 def test_what_does_not_see_adapters_refuses_them():
     tuned = add_lora(mlp(None), X, rank=2, key=jax.random.key(1))
 

@@ -44,6 +44,8 @@ JAX = {
         "rewrite/test_quantized_products.test_original_takes_the_gradients_of_the_operands_before_quantization",
     ],
     14: [
+        "nn/test_qat.test_check_14_the_gradient_of_a_step_is_its_closed_form",
+        "nn/test_qat.test_check_14_the_gradient_of_a_clip_sums_over_what_is_clipped",
         "quant/test_estimators.test_lsq_learns_its_scale",
         "quant/test_state.test_lsq_starts_at_twice_the_mean_magnitude",
         "quant/test_estimators.test_surrogates_have_the_derivatives_of_finite_differences",
@@ -61,8 +63,14 @@ JAX = {
     21: ["nn/test_calibration.test_scales_do_not_depend_on_how_data_is_cut_into_batches_or_on_its_length"],
     22: ["quant/test_checks.test_four_bits_by_four_bits_run_forward_and_backward"],
     23: ["quant/test_checks.test_block_formats_run_forward_and_backward_at_every_length"],
-    24: ["quant/test_sweep.test_a_sweep_over_widths_compiles_once"],
-    25: ["quant/test_sweep.test_vmapped_traced_and_static_quantizers_agree"],
+    24: [
+        "quant/test_sweep.test_a_sweep_over_widths_compiles_once",
+        "nn/test_traced_numbers.test_check_24_a_sweep_of_seven_widths_is_one_program_and_each_is_bit_for_bit_itself",
+    ],
+    25: [
+        "quant/test_sweep.test_vmapped_traced_and_static_quantizers_agree",
+        "nn/test_traced_numbers.test_check_25_a_batch_of_widths_is_the_loop",
+    ],
     26: ["bench/test_quant.test_what_supposes_amx_is_judged_with_amx_only"],
     27: [
         "nn/test_conversion_sizes.test_all_products_and_lookups_of_a_transformer_are_sites",
@@ -85,6 +93,15 @@ JAX = {
         "nn/test_delayed.test_microbatches_leave_the_scale_where_it_was",
     ],
     32: ["nn/test_conversion_sizes.test_a_converted_transformer_is_as_small_as_it_should_be"],
+    33: [
+        "nn/test_lora.test_gradients_are_of_adapters_alone_and_base_codes_stay",
+        "nn/test_lora.test_a_merged_model_computes_what_the_adapters_did",
+    ],
+    34: [
+        "ptq/test_sensitivity.test_the_layer_with_an_outlier_ranks_first",
+        "ptq/test_allocation.test_the_converted_model_takes_exactly_the_bytes_it_was_promised",
+        "ptq/test_allocation.test_it_is_never_worse_than_one_policy_for_all_of_the_same_bytes",
+    ],
     35: [
         "quant/test_checks.test_two_models_at_once_are_those_one_by_one",
         "zoo/test_zoo.test_a_model_works_inside_every_transformation",
@@ -93,11 +110,9 @@ JAX = {
 OPEN_JAX = {
     1: "no compat='qwix': full_clipped has its scale, but nothing compares 1e5 values with it",
     5: "on_nonfinite='raise' does not exist; observers count",
-    24: "of an array; a policy cannot carry traced quantizer numbers yet, so a model compiles once for each width",
-    26: "bench quant has the targets; no result is committed yet",
+    24: "one program, of functions; how long it takes, and its steps, beside one width has no row in bench quant",
+    26: "in the committed result of bench quant; the targets that suppose AMX were not judged, and some are missed",
     28: "of parameters and of stored arrays, not of a quantized model's checkpoint",
-    33: "needs LoRA",
-    34: "needs sensitivity",
 }
 
 ARRAYS = {
@@ -141,6 +156,8 @@ ARRAYS = {
         "quant/test_low_bit.test_checks_26_and_27_twn_lies_between_b158_and_the_optimum",
         "quant/test_errors.test_the_best_ternary_scale_beats_the_mean_and_reaches_the_optimum",
     ],
+    35: ["ptq/test_bias_correction.test_after_correction_no_output_channel_is_off_on_average"],
+    36: ["ptq/test_bias_correction.test_expected_activations_agree_with_samples"],
     37: [
         "quant/test_estimators.test_lsq_learns_its_scale",
         "quant/test_estimators.test_lsq_plus_learns_an_offset",
@@ -175,8 +192,7 @@ OPEN_ARRAYS = {
     7: "no search for the best codebook",
     19: "affine codes by the formula; reciprocal products are not ours, so not bitsandbytes' vectors",
     27: "of ternary scales; the optimal two-bit scale against the greedy terms is missing",
-    35: "no bias correction",
-    36: "no bias correction",
+    35: "means of channels vanish to the rounding of their float32 sums, 5e-6, not 1e-6; not the note's own data",
     45: "values of a cast to float16; no test of their counts here",
     47: "NVFP4 has two levels only; no format has one level of float8 scales",
     50: "an experiment, not a test",
