@@ -6,7 +6,7 @@ else: a policy of ours on the untouched model, jmp's casts at entry, or Flax's o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -44,6 +44,17 @@ SMALL = {
     "transformer": Problem(TransformerConfig(depth=1, width=16, heads=2), DataSpec("language_model", (8,), 32), 2),
     "convnet": Problem(ConvNetConfig(channels=(4, 4), norm="batch"), DataSpec("classification", (8, 8, 3), 10), 2),
 }
+
+
+def chosen(problems: Mapping[str, Problem], model: str) -> dict[str, Problem]:
+    """Returns the problem of a model by its name, or all under "both".
+
+    Raises:
+      ValueError: there is no such model.
+    """
+    if model not in (*problems, "both"):
+        raise ValueError(f"model must be one of {', '.join(problems)}, both; got '{model}'.")
+    return {name: problem for name, problem in problems.items() if model in (name, "both")}
 
 
 class State(NamedTuple):

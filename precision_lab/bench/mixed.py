@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from precision_lab.bench import report
-from precision_lab.bench.arms import PROBLEMS, SMALL, Problem, arms, call_of, compiled_anew, traced_anew
+from precision_lab.bench.arms import PROBLEMS, SMALL, Problem, arms, call_of, chosen, compiled_anew, traced_anew
 from precision_lab.bench.interleaved import Timing, environment, time_alternating, time_interleaved
 from precision_lab.bench.targets import Target, judged
 
@@ -71,7 +71,7 @@ def run(
     Raises:
       ValueError: there is no such model.
     """
-    env, problems = environment(PACKAGES), _problems(model, small)
+    env, problems = environment(PACKAGES), chosen(SMALL if small else PROBLEMS, model)
     rows = []
     for name, problem in problems.items():
         rows += _rows_of(
@@ -91,7 +91,7 @@ def run(
 def work(model: str, rounds: int) -> int:
     """Returns the units of work that `run` tells of."""
     compiled = {*GROUPS, *(name for names in GROUPS.values() for name in names)}
-    return (len(compiled) + rounds * len(GROUPS) + _PREPARATIONS) * len(_problems(model, small=False))
+    return (len(compiled) + rounds * len(GROUPS) + _PREPARATIONS) * len(chosen(PROBLEMS, model))
 
 
 def title(result: Mapping[str, Any]) -> str:
@@ -110,18 +110,6 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{sizes}\n\nUnits for bfloat16: {units}."
     )
     return report.markdown(result, title="Mixed-precision steps beside their peers", lead=lead, unit=UNIT)
-
-
-def _problems(model: str, small: bool) -> dict[str, Problem]:
-    """Returns the problems by name.
-
-    Raises:
-      ValueError: there is no such model.
-    """
-    problems = SMALL if small else PROBLEMS
-    if model not in (*problems, "both"):
-        raise ValueError(f"model must be one of {', '.join(problems)}, both; got '{model}'.")
-    return {name: problem for name, problem in problems.items() if model in (name, "both")}
 
 
 def _described(problem: Problem) -> str:

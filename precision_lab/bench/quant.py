@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from precision_lab.bench import report
-from precision_lab.bench.arms import Problem, call_of, compiled_anew, traced_anew
+from precision_lab.bench.arms import Problem, call_of, chosen, compiled_anew, traced_anew
 from precision_lab.bench.interleaved import Timing, environment, time_alternating, time_interleaved
 from precision_lab.bench.quant_arms import PROBLEMS, SMALL, Make, group_size, inference, steps
 from precision_lab.bench.targets import Target, judged
@@ -90,7 +90,7 @@ def run(
     Raises:
       ValueError: there is no such model.
     """
-    env, problems = environment(PACKAGES), _problems(model, small)
+    env, problems = environment(PACKAGES), chosen(SMALL if small else PROBLEMS, model)
     rows = []
     for name, problem in problems.items():
         found: Found = {}
@@ -112,7 +112,7 @@ def run(
 def work(model: str, rounds: int) -> int:
     """Returns the units of work that `run` tells of."""
     of_one = sum(len(make(SMALL["mlp"])) + rounds for make in (steps, inference))
-    return (of_one + 2 * len(_prepared_names(SMALL["mlp"]))) * len(_problems(model, small=False))
+    return (of_one + 2 * len(_prepared_names(SMALL["mlp"]))) * len(chosen(PROBLEMS, model))
 
 
 def title(result: Mapping[str, Any]) -> str:
@@ -135,18 +135,6 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"Units for bfloat16: {units}."
     )
     return report.markdown(result, title="Quantization beside its peers", lead=lead, unit=UNIT)
-
-
-def _problems(model: str, small: bool) -> dict[str, Problem]:
-    """Returns the problems by name.
-
-    Raises:
-      ValueError: there is no such model.
-    """
-    problems = SMALL if small else PROBLEMS
-    if model not in (*problems, "both"):
-        raise ValueError(f"model must be one of {', '.join(problems)}, both; got '{model}'.")
-    return {name: problem for name, problem in problems.items() if model in (name, "both")}
 
 
 def _described(problem: Problem) -> str:

@@ -14,6 +14,11 @@ from precision_lab.cli.output import console, error_console
 
 _PATIENCE_S = 2.0
 
+Rounds = Annotated[int, typer.Option(help="Interleaved rounds to take medians of.", min=3)]
+Small = Annotated[bool, typer.Option("--small", help="Tiny models, to try the command; ratios say nothing.")]
+Write = Annotated[Path | None, typer.Option(help="Directory to write a JSON and a Markdown file to.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
 
 def register(app: typer.Typer) -> None:
     """Adds the commands of this module to `app`."""
@@ -26,9 +31,9 @@ def register(app: typer.Typer) -> None:
 
 def bench_formats_command(
     count: Annotated[int, typer.Option(help="Number of float32 elements.", min=1024)] = 1_000_000,
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds to take medians of.", min=3)] = 60,
-    write: Annotated[Path | None, typer.Option(help="Directory to write a JSON and a Markdown file to.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    rounds: Rounds = 60,
+    write: Write = None,
+    as_json: AsJson = False,
 ) -> None:
     """Time rounding to number formats against one copy of the array, with the peers that are installed."""
     from precision_lab.bench import formats as benchmark
@@ -38,33 +43,32 @@ def bench_formats_command(
 
 def bench_mixed_command(
     model: Annotated[str, typer.Option(help="transformer, convnet or both.")] = "both",
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds to take medians of.", min=3)] = 10,
-    small: Annotated[
-        bool, typer.Option("--small", help="Tiny models, to try the command; ratios say nothing.")
-    ] = False,
-    write: Annotated[Path | None, typer.Option(help="Directory to write a JSON and a Markdown file to.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    rounds: Rounds = 10,
+    small: Small = False,
+    write: Write = None,
+    as_json: AsJson = False,
 ) -> None:
     """Time training steps under policies against float32, jmp and Flax's dtype=, and what a policy costs."""
     from precision_lab.bench import mixed as benchmark
 
-    with _Bar(benchmark.work(model, rounds)) as bar:
-        result = benchmark.run(model=model, rounds=rounds, small=small, tell=bar.tell)
-    _present(benchmark, result, write, as_json=as_json)
+    _run_on_models(benchmark, model, rounds, write, small=small, as_json=as_json)
 
 
 def bench_quant_command(
     model: Annotated[str, typer.Option(help="mlp, transformer or both.")] = "both",
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds to take medians of.", min=3)] = 10,
-    small: Annotated[
-        bool, typer.Option("--small", help="Tiny models, to try the command; ratios say nothing.")
-    ] = False,
-    write: Annotated[Path | None, typer.Option(help="Directory to write a JSON and a Markdown file to.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    rounds: Rounds = 10,
+    small: Small = False,
+    write: Write = None,
+    as_json: AsJson = False,
 ) -> None:
     """Time quantized training steps and inference against float32, with Qwix and AQT where they are installed."""
     from precision_lab.bench import quant as benchmark
 
+    _run_on_models(benchmark, model, rounds, write, small=small, as_json=as_json)
+
+
+def _run_on_models(benchmark: Any, model: str, rounds: int, write: Path | None, *, small: bool, as_json: bool) -> None:
+    """Runs a benchmark of models with a progress bar."""
     with _Bar(benchmark.work(model, rounds)) as bar:
         result = benchmark.run(model=model, rounds=rounds, small=small, tell=bar.tell)
     _present(benchmark, result, write, as_json=as_json)
