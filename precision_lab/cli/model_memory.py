@@ -92,7 +92,7 @@ def _kept_bytes(model: Described, policy: Any, batch: int) -> int:
     from precision_lab.models import build
     from precision_lab.nn import apply_policy
 
-    tokens = model.spec.task == "language_model"
+    tokens = model.spec.task != "classification"
     x = jax.ShapeDtypeStruct((batch, *model.spec.input_shape), jnp.int32 if tokens else jnp.float32)
 
     def kept(x: Any) -> list[Any]:

@@ -12,10 +12,11 @@ from precision_lab.data.config import (
     DigitsConfig,
     FashionMnistConfig,
     MnistConfig,
+    NextCharConfig,
     TinyShakespeareConfig,
     register_data,
 )
-from precision_lab.data.dataset import ArraySplit, Dataset, Split, TextSplit
+from precision_lab.data.dataset import ArraySplit, ContextSplit, Dataset, Split, TextSplit
 from precision_lab.data.files import DataError
 from precision_lab.models.config import DataSpec
 
@@ -26,6 +27,7 @@ __all__ = [
     "DATASETS",
     "ArraySplit",
     "Cifar10Config",
+    "ContextSplit",
     "DataConfig",
     "DataError",
     "DataSpec",
@@ -33,6 +35,7 @@ __all__ = [
     "DigitsConfig",
     "FashionMnistConfig",
     "MnistConfig",
+    "NextCharConfig",
     "Split",
     "TextSplit",
     "TinyShakespeareConfig",

@@ -2,10 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, SerializeAsAny
+from pydantic import BeforeValidator, Field, SerializeAsAny
 
 from precision_lab.models.config import DataSpec
-from precision_lab.models.fields import Bool, FrozenConfig, PositiveInt
+from precision_lab.models.fields import Bool, FrozenConfig, Int, PositiveInt
 from precision_lab.models.registry import Builder, Registry
 
 
@@ -77,12 +77,35 @@ class TinyShakespeareConfig(DataConfig):
         return DataSpec("language_model", (self.seq_len,), 65)
 
 
+class NextCharConfig(DataConfig):
+    """A text by characters as contexts, each with the one character that follows: 65 symbols, 90 % to train on.
+
+    Evaluation uses 8192 contexts of each split, spread evenly and always the same.
+
+    Attributes:
+      context: characters to predict the next one from.
+      source: "tinyshakespeare", or "markov", an order-3 Markov text that needs no file.
+      substitution: replaces every symbol by another, by the permutation of this number; None leaves the text as it is.
+    """
+
+    kind: Literal["next_char"] = "next_char"
+    batch: PositiveInt = 256
+    context: PositiveInt = 16
+    source: Literal["tinyshakespeare", "markov"] = "tinyshakespeare"
+    substitution: Annotated[Int, Field(ge=0)] | None = None
+
+    def spec(self) -> DataSpec:
+        """Returns contexts of symbols out of 65."""
+        return DataSpec("next_token", (self.context,), 65)
+
+
 DATASETS: Registry[DataConfig] = Registry("data", DataConfig)
 DATASETS.register("digits", DigitsConfig, "precision_lab.data.images:load_digits")
 DATASETS.register("fashion_mnist", FashionMnistConfig, "precision_lab.data.images:load_fashion_mnist")
 DATASETS.register("mnist", MnistConfig, "precision_lab.data.images:load_mnist")
 DATASETS.register("cifar10", Cifar10Config, "precision_lab.data.images:load_cifar10")
 DATASETS.register("tinyshakespeare", TinyShakespeareConfig, "precision_lab.data.text:load_tinyshakespeare")
+DATASETS.register("next_char", NextCharConfig, "precision_lab.data.text:load_next_char")
 
 AnyData = Annotated[SerializeAsAny[DataConfig], BeforeValidator(DATASETS.validate)]
 """Field type: a data config of any registered kind."""

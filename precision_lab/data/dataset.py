@@ -81,6 +81,42 @@ class TextSplit:
 
 
 @dataclasses.dataclass(frozen=True)
+class ContextSplit:
+    """Contexts of a text; the target is the one token that follows.
+
+    Attributes:
+      tokens: uint8 (n,), the text.
+      context: length of a context.
+      count: how many contexts there are, spread evenly over the text; None is one at every position.
+    """
+
+    tokens: np.ndarray
+    context: int
+    count: int | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) <= self.context:
+            raise ValueError(f"a text of {len(self.tokens)} tokens has no context of {self.context} and a next token.")
+        if self.count is not None and not 1 <= self.count <= self._positions():
+            raise ValueError(f"a text of {len(self.tokens)} tokens has {self._positions()} contexts, not {self.count}.")
+        self.tokens.setflags(write=False)
+
+    def __len__(self) -> int:
+        """Returns the number of contexts."""
+        return self._positions() if self.count is None else self.count
+
+    def take(self, indices: np.ndarray) -> Batch:
+        """Returns int32 (batch, context) inputs and int32 (batch,) targets."""
+        starts = np.asarray(indices, np.int64) * self._positions() // len(self)
+        window = self.tokens[starts[:, None] + np.arange(self.context + 1)].astype(np.int32)
+        return {"inputs": window[:, :-1], "targets": window[:, -1]}
+
+    def _positions(self) -> int:
+        """Returns how many contexts have a next token."""
+        return len(self.tokens) - self.context
+
+
+@dataclasses.dataclass(frozen=True)
 class Dataset:
     """What `load` returns.
 

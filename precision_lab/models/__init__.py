@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from precision_lab.models.config import (
     MODELS,
+    CharResMLPConfig,
     ConvNetConfig,
     DataSpec,
     MLPConfig,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MODELS",
+    "CharResMLPConfig",
     "ConvNetConfig",
     "DataSpec",
     "MLPConfig",

@@ -19,12 +19,13 @@ class DataSpec:
 
     Attributes:
       task: "classification" maps one example of `input_shape` to `num_classes` logits; "language_model" maps a
-        sequence of tokens, `input_shape` = (length,), to `num_classes` logits for each next token.
+        sequence of tokens, `input_shape` = (length,), to `num_classes` logits for each next token; "next_token" maps
+        it to those of the one after its last.
       input_shape: shape of one example, without the batch axis; images are (height, width, channels).
       num_classes: number of classes, or the size of the vocabulary.
     """
 
-    task: Literal["classification", "language_model"]
+    task: Literal["classification", "language_model", "next_token"]
     input_shape: tuple[int, ...]
     num_classes: int
 
@@ -110,9 +111,28 @@ class TransformerConfig(ModelConfig):
         _expect_task(self, spec, "language_model")
 
 
+class CharResMLPConfig(ModelConfig):
+    """Residual ReLU MLP on the embedded tokens of a short context, which predicts the next one.
+
+    `embedding` numbers for each token, concatenated and projected to `width`; `depth` pre-LayerNorm blocks from
+    `width` to `expansion * width` and back; LayerNorm; logits.
+    """
+
+    kind: Literal["char_resmlp"] = "char_resmlp"
+    width: PositiveInt = 64
+    depth: PositiveInt = 2
+    expansion: PositiveInt = 2
+    embedding: PositiveInt = 16
+
+    def check(self, spec: DataSpec) -> None:
+        """Raises ValueError unless `spec` is contexts with their next token."""
+        _expect_task(self, spec, "next_token")
+
+
 MODELS: Registry[ModelConfig] = Registry("model", ModelConfig)
 MODELS.register("mlp", MLPConfig, "precision_lab.models.mlp:MLP.build")
 MODELS.register("convnet", ConvNetConfig, "precision_lab.models.convnet:ConvNet.build")
+MODELS.register("char_resmlp", CharResMLPConfig, "precision_lab.models.char_resmlp:CharResMLP.build")
 MODELS.register("transformer", TransformerConfig, "precision_lab.models.transformer:Transformer.build")
 
 AnyModel = Annotated[SerializeAsAny[ModelConfig], BeforeValidator(MODELS.validate)]

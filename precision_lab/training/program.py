@@ -228,9 +228,8 @@ def _same_bits(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _batch_shapes(spec: DataSpec, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns what a training batch looks like."""
-    text = spec.task == "language_model"
     shape = (batch, *spec.input_shape)
     return {
-        "inputs": jax.ShapeDtypeStruct(shape, jnp.int32 if text else jnp.float32),
-        "targets": jax.ShapeDtypeStruct(shape if text else (batch,), jnp.int32),
+        "inputs": jax.ShapeDtypeStruct(shape, jnp.float32 if spec.task == "classification" else jnp.int32),
+        "targets": jax.ShapeDtypeStruct(shape if spec.task == "language_model" else (batch,), jnp.int32),
     }

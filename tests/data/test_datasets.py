@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from precision_lab import data
-from precision_lab.data import ArraySplit, TextSplit
+from precision_lab.data import ArraySplit, ContextSplit, TextSplit
 
 needs_files = pytest.mark.skipif(
     not os.environ.get("PRECISION_LAB_DATA"), reason="PRECISION_LAB_DATA names no folder with the data files"
@@ -104,3 +104,74 @@ def test_bad_splits_are_refused():
         ArraySplit(np.zeros((3, 1)), np.zeros(2))
     with pytest.raises(ValueError, match="no window of 4"):
         TextSplit(np.zeros(4, np.uint8), seq_len=4)
+
+
+def test_contexts_are_followed_by_their_next_token_and_spread_evenly():
+    tokens = np.arange(103, dtype=np.uint8)
+
+    every, some = ContextSplit(tokens, 3), ContextSplit(tokens, 3, 10)
+
+    assert (len(every), len(some)) == (100, 10)
+    batch = some.take(np.arange(10))
+    np.testing.assert_array_equal(batch["targets"], np.arange(10) * 10 + 3)
+    np.testing.assert_array_equal(batch["inputs"], np.arange(10)[:, None] * 10 + np.arange(3))
+    assert every.take(np.array([99]))["targets"].tolist() == [102]
+    assert (batch["inputs"].dtype, batch["targets"].dtype) == (np.int32, np.int32)
+    with pytest.raises(ValueError, match="has 100 contexts, not 101"):
+        ContextSplit(tokens, 3, 101)
+    with pytest.raises(ValueError, match="no context of 3 and a next token"):
+        ContextSplit(tokens[:3], 3)
+
+
+def test_the_markov_text_follows_its_odds_and_is_better_predicted_from_three_symbols_than_from_two():
+    text = data.load(data.NextCharConfig(source="markov")).train.tokens
+
+    def entropy(order):
+        """Nats of the next symbol given `order` before it, of the pairs that were seen in the first half."""
+        context = sum(text[i : len(text) - order + i].astype(np.int64) * 65**i for i in range(order))
+        joint = np.unique(context * 65 + text[order:], return_counts=True)[1]
+        alone = np.unique(context, return_counts=True)[1]
+        shares, given = joint / joint.sum(), alone / alone.sum()
+        return -(shares * np.log(shares)).sum() + (given * np.log(given)).sum()
+
+    assert text.min() == 0
+    assert text.max() == 64
+    assert entropy(0) > 3.5
+    assert entropy(1) < entropy(0) - 0.2
+    assert entropy(2) < entropy(1) - 0.2
+
+
+def test_the_markov_text_is_the_same_everywhere():
+    from precision_lab.data.text import markov_text
+
+    raw = np.random.Philox(key=[2, 1])
+    odds = [[[int(n) % 4 for n in raw.random_raw(2)] for _ in range(8)] for _ in range(3)]
+    draws = [int(n) for n in raw.random_raw(4112 * 64)]
+    chain = [0, 0, 0]  # the first of 64, drawn in plain integers
+    for step in range(40):
+        weights = [4 ** sum(odds[back][chain[step + back]][s] for back in range(3)) for s in range(2)]
+        chain.append(0 if draws[step * 64] % sum(weights) < weights[0] else 1)
+
+    assert markov_text(2)[:24].tolist() == chain[19:]
+
+
+def test_a_substitution_renames_every_symbol_and_nothing_else():
+    plain, renamed = (
+        data.load(data.NextCharConfig(source="markov", substitution=number)).train.tokens for number in (None, 3)
+    )
+
+    pairs = np.unique(np.stack([plain, renamed]), axis=1)
+
+    assert pairs.shape == (2, 65)
+    assert len(set(pairs[1])) == 65
+    assert (pairs[0] != pairs[1]).mean() > 0.9
+
+
+@needs_files
+def test_shakespeare_by_contexts_is_the_text_itself():
+    text = data.load(data.TinyShakespeareConfig()).train.tokens
+
+    dataset = data.load(data.NextCharConfig())
+
+    np.testing.assert_array_equal(dataset.train.tokens, text)
+    assert (len(dataset.eval), len(dataset.eval_train)) == (8192, 8192)

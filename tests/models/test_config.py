@@ -47,7 +47,7 @@ def test_a_config_survives_its_own_dump(cls):
     ("wrong", "where", "what"),
     [
         ({"kind": "mpl"}, ("model", "kind"), "Did you mean 'mlp'?"),
-        ({"hidden": [3]}, ("model", "kind"), "a model needs a kind: one of convnet"),
+        ({"hidden": [3]}, ("model", "kind"), "a model needs a kind: one of char_resmlp, convnet"),
         ({"kind": ["mlp"]}, ("model", "kind"), "unknown model kind"),
         ({"kind": "mlp", "hiden": [3]}, ("model", "hiden"), "Extra inputs"),
         ({"kind": "mlp", "hidden": [8, 0]}, ("model", "hidden", 1), "greater than or equal to 1"),

@@ -7,16 +7,18 @@ import pytest
 from flax import nnx
 
 from precision_lab import models
-from precision_lab.models import ConvNetConfig, DataSpec, MLPConfig, TransformerConfig
+from precision_lab.models import CharResMLPConfig, ConvNetConfig, DataSpec, MLPConfig, TransformerConfig
 
 DIGITS = DataSpec("classification", (8, 8, 1), 10)
 TEXT = DataSpec("language_model", (12,), 7)
+CONTEXT = DataSpec("next_token", (5,), 7)
 CASES = {
     "mlp": (MLPConfig(hidden=(16,)), DIGITS),
     "linear": (MLPConfig(hidden=()), DIGITS),
     "convnet": (ConvNetConfig(channels=(4, 8)), DIGITS),
     "convnet_norm": (ConvNetConfig(channels=(4, 8), norm="batch"), DIGITS),
     "transformer": (TransformerConfig(width=16, heads=2), TEXT),
+    "char_resmlp": (CharResMLPConfig(width=16, depth=1), CONTEXT),
     "tied": (TransformerConfig(width=16, heads=2, tie_embeddings=True), TEXT),
 }
 every_model = pytest.mark.parametrize("name", CASES)
@@ -24,7 +26,7 @@ every_model = pytest.mark.parametrize("name", CASES)
 
 def example(spec, batch=3):
     rng = np.random.default_rng(0)
-    if spec.task == "language_model":
+    if spec.task != "classification":
         return jnp.asarray(rng.integers(0, spec.num_classes, (batch, *spec.input_shape)))
     return jnp.asarray(rng.standard_normal((batch, *spec.input_shape)), jnp.float32)
 
@@ -39,7 +41,7 @@ def test_logits_have_one_entry_per_class(name):
 
     logits = models.build(config, spec, 0)(example(spec))
 
-    lead = (3,) if spec.task == "classification" else (3, *spec.input_shape)
+    lead = (3, *spec.input_shape) if spec.task == "language_model" else (3,)
     assert logits.shape == (*lead, spec.num_classes)
     assert logits.dtype == jnp.float32
 
@@ -126,3 +128,12 @@ def test_he_initialisation_keeps_the_size_of_activations():
     for layer in model.layers:
         x = jax.nn.relu(layer(x))
         assert float(jnp.mean(x**2)) == pytest.approx(1.0, rel=4 * 5**0.5 / 1024**0.5)
+
+
+@pytest.mark.parametrize(("width", "parameters"), [(16, 8.4e3), (32, 19.8e3), (64, 54.9e3), (128, 174e3)])
+def test_the_residual_mlp_has_as_many_parameters_as_the_ablations_were_planned_with(width, parameters):
+    spec = DataSpec("next_token", (16,), 65)
+
+    model = nnx.eval_shape(lambda: models.build(CharResMLPConfig(width=width), spec, 0))
+
+    assert size(model) == pytest.approx(parameters, rel=0.005)
