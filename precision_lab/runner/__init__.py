@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from precision_lab.runner.claims import Verdict
+    from precision_lab.runner.claim import Verdict
     from precision_lab.runner.config import ExperimentConfig, Paper
     from precision_lab.runner.execute import check, run
     from precision_lab.runner.loading import load
@@ -26,7 +26,7 @@ _HOMES = {
     "Results": "results",
     "RunDir": "rundir",
     "Trial": "results",
-    "Verdict": "claims",
+    "Verdict": "claim",
     "check": "execute",
     "load": "loading",
     "read": "results",

@@ -8,143 +8,48 @@ where one of the two arms diverged and the other did not.
     {kind: gt, a: x, b: y, metric: eval/loss, margin: 0.03}       mean of d > margin, and d > 0 on every seed
     {kind: close, a: x, b: y, metric: eval/loss, margin: 0.06}    |mean of d| <= margin
     {kind: equal, a: x, b: y, metric: eval/loss, tol: 0}          |d| <= tol on every seed
+    {kind: ratio, a: x, b: y, reference: z, factor: 0.35}         mean of (a - z) < factor * mean of (b - z)
     {kind: above, a: x, metric: train/skipped_steps, value: 10}   metric > value on every seed; `below` likewise
     {kind: monotone, arms: [x, y, z], metric: eval/loss}          means over seeds never fall (`direction: decreasing`)
 
-`reduce` says which number of a run is meant: `last` (the default), `mean`, `max` or `min` over its steps.
+`trend` and `log_fit` are in `fits`. `reduce` says which number of a run is meant: `last` (the default), `mean`, `max`
+or `min` over its steps. Where an arm's name stands, `{arm: x, metric: eval/loss, at: 250}` may stand, with a metric,
+a reduction or a step of its own.
 """
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Reduce = Literal["last", "mean", "max", "min"]
-REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE = "reproduced", "not_reproduced", "inconclusive"
-
-Value = Callable[[str, int, str, str], "float | str"]
-"""`value(arm, seed, metric, reduce)`: the number, or the reason why there is none."""
+from precision_lab.runner.claim import ClaimBase, Finding, Keys, Numbers, Term, keys_of, mean
+from precision_lab.runner.fits import LogFit, Trend
 
 
-class Diverged(str):
-    """The reason why a run has no number, where it ran and its loss stopped being finite."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a run says about one claim.
-
-    Attributes:
-      say: the claim in words.
-      verdict: `reproduced`, `not_reproduced` or `inconclusive`.
-      because: the numbers against the threshold, or why they cannot decide.
-      paper: what the paper reports, in words, as the configuration gives it.
-      numbers: by arm (or `a - b`), one number per seed.
-      seeds: the seeds these numbers belong to.
-    """
-
-    say: str
-    kind: str
-    verdict: str
-    because: str
-    paper: str = ""
-    numbers: dict[str, list[float]] = field(default_factory=dict)
-    seeds: tuple[int, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain data."""
-        return {**asdict(self), "seeds": list(self.seeds)}
-
-
-class _Claim(BaseModel):
-    """What every claim has."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    say: str = ""
-    paper: str = ""
-    metric: str
-    reduce: Reduce = "last"
-
-    divergence_refutes: ClassVar[bool] = False
-    """Whether the claim is wrong, and not undecided, where one of its arms diverged and another did not."""
-    pairs: ClassVar[bool] = False
-    """Whether the claim compares its arms seed by seed."""
-
-    def names(self) -> list[tuple[str, str]]:
-        """Returns the arms the claim speaks of, each with the key that names it."""
-        raise NotImplementedError
-
-    def sentence(self) -> str:
-        """Returns the claim in words, made from its terms if the author gave none."""
-        return self.say or self._terms()
-
-    def _terms(self) -> str:
-        raise NotImplementedError
-
-    def _decide(self, numbers: dict[str, list[float]]) -> tuple[bool, str, dict[str, list[float]]]:
-        """Returns whether finite numbers, by arm and then by seed, bear the claim out, why, and what to show."""
-        raise NotImplementedError
-
-    def judge(self, value: Value, seeds: Sequence[int]) -> Verdict:
-        """Returns the verdict on the claim from what each arm reached on each seed."""
-        if self.divergence_refutes and (because := self._divergence(value, seeds)):
-            return self._verdict(NOT_REPRODUCED, because, {}, seeds)
-        numbers: dict[str, list[float]] = {}
-        for _, arm in self.names():
-            for seed in seeds:
-                found = value(arm, seed, self.metric, self.reduce)
-                if isinstance(found, str) or not math.isfinite(found):
-                    reason = found if isinstance(found, str) else f"{self.metric} is {found}"
-                    return self._verdict(INCONCLUSIVE, f"{arm}, seed {seed}: {reason}", {}, seeds)
-                numbers.setdefault(arm, []).append(found)
-        if not numbers or not seeds:
-            return self._verdict(INCONCLUSIVE, "no seed was run", {}, seeds)
-        holds, because, shown = self._decide(numbers)
-        return self._verdict(REPRODUCED if holds else NOT_REPRODUCED, because, shown, seeds)
-
-    def _divergence(self, value: Value, seeds: Sequence[int]) -> str:
-        """Returns which arm diverged on a seed on which another ended with a number, empty if none did."""
-        for seed in seeds:
-            found = {arm: value(arm, seed, self.metric, self.reduce) for _, arm in self.names()}
-            finite = [arm for arm, one in found.items() if not isinstance(one, str) and math.isfinite(one)]
-            diverged = [arm for arm, one in found.items() if isinstance(one, Diverged)]
-            if finite and diverged:
-                return f"{diverged[0]}, seed {seed}: {found[diverged[0]]}, while {finite[0]} did not diverge"
-        return ""
-
-    def _verdict(self, verdict: str, because: str, numbers: dict[str, list[float]], seeds: Sequence[int]) -> Verdict:
-        kind = getattr(self, "kind", "")
-        return Verdict(self.sentence(), kind, verdict, because, self.paper, numbers, tuple(seeds))
-
-    def _quantity(self) -> str:
-        """Returns the metric in words."""
-        return self.metric if self.reduce == "last" else f"{self.reduce} of {self.metric}"
-
-
-class _Pair(_Claim):
-    """A claim about two arms."""
+class _Pair(ClaimBase):
+    """A claim about two terms."""
 
     pairs = True
-    a: str
-    b: str
+    a: str | Term
+    b: str | Term
 
-    def names(self) -> list[tuple[str, str]]:
-        return [("a", self.a), ("b", self.b)]
+    def terms(self) -> list[tuple[Keys, Term]]:
+        return [keys_of(("a",), self.a), keys_of(("b",), self.b)]
 
     @model_validator(mode="after")
-    def _two_arms(self) -> "_Pair":
-        if self.a == self.b:
-            raise ValueError(f"a and b are the same arm, {self.a!r}.")
+    def _two_terms(self) -> "_Pair":
+        if self.full(self.a) == self.full(self.b):
+            raise ValueError(f"a and b are the same {'arm' if isinstance(self.a, str) else 'term'}, {self.a!r}.")
         return self
 
-    def _differences(self, numbers: dict[str, list[float]]) -> tuple[list[float], dict[str, list[float]]]:
-        """Returns `a - b` seed by seed, and everything worth showing."""
-        d = [x - y for x, y in zip(numbers[self.a], numbers[self.b], strict=True)]
-        return d, {**numbers, f"{self.a} - {self.b}": d}
+    def _differences(self, numbers: Numbers) -> tuple[list[float], dict[str, list[float]]]:
+        """Returns `a - b` seed by seed, and by its name."""
+        d = [x - y for x, y in zip(numbers[0], numbers[1], strict=True)]
+        return d, {f"{self.label(self.a)} - {self.label(self.b)}": d}
+
+    def _other(self) -> str:
+        """Returns `b` in words that follow those of `a`."""
+        return f"that of {self.b}" if isinstance(self.a, str) and isinstance(self.b, str) else str(self.full(self.b))
 
 
 class Greater(_Pair):
@@ -153,14 +58,14 @@ class Greater(_Pair):
     kind: Literal["gt"] = "gt"
     margin: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
-    def _terms(self) -> str:
-        return f"{self._quantity()} of {self.a} exceeds that of {self.b} by more than {self.margin:g}"
+    def in_words(self) -> str:
+        return f"{self.full(self.a)} exceeds {self._other()} by more than {self.margin:g}"
 
-    def _decide(self, numbers: dict[str, list[float]]) -> tuple[bool, str, dict[str, list[float]]]:
+    def decide(self, numbers: Numbers) -> Finding:
         d, shown = self._differences(numbers)
-        mean, least = _mean(d), min(d)
-        because = f"difference {mean:+.4g} on average against a margin of {self.margin:g}, {least:+.4g} at the least"
-        return mean > self.margin and least > 0, because, shown
+        average, least = mean(d), min(d)
+        because = f"difference {average:+.4g} on average against a margin of {self.margin:g}, {least:+.4g} at the least"
+        return Finding(average > self.margin and least > 0, because, shown)
 
 
 class Close(_Pair):
@@ -170,14 +75,14 @@ class Close(_Pair):
     divergence_refutes = True
     margin: float = Field(ge=0, allow_inf_nan=False)
 
-    def _terms(self) -> str:
-        return f"{self._quantity()} of {self.a} is within {self.margin:g} of that of {self.b}"
+    def in_words(self) -> str:
+        return f"{self.full(self.a)} is within {self.margin:g} of {self._other()}"
 
-    def _decide(self, numbers: dict[str, list[float]]) -> tuple[bool, str, dict[str, list[float]]]:
+    def decide(self, numbers: Numbers) -> Finding:
         d, shown = self._differences(numbers)
-        mean, largest = _mean(d), max(abs(one) for one in d)
-        because = f"difference {mean:+.4g} on average, allowed {self.margin:g}, largest {largest:.4g}"
-        return abs(mean) <= self.margin, because, shown
+        average, largest = mean(d), max(abs(one) for one in d)
+        because = f"difference {average:+.4g} on average, allowed {self.margin:g}, largest {largest:.4g}"
+        return Finding(abs(average) <= self.margin, because, shown)
 
 
 class Equal(_Pair):
@@ -187,23 +92,50 @@ class Equal(_Pair):
     divergence_refutes = True
     tol: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
-    def _terms(self) -> str:
-        return f"{self._quantity()} of {self.a} equals that of {self.b}" + (f" to {self.tol:g}" if self.tol else "")
+    def in_words(self) -> str:
+        return f"{self.full(self.a)} equals {self._other()}" + (f" to {self.tol:g}" if self.tol else "")
 
-    def _decide(self, numbers: dict[str, list[float]]) -> tuple[bool, str, dict[str, list[float]]]:
+    def decide(self, numbers: Numbers) -> Finding:
         d, shown = self._differences(numbers)
         largest = max(abs(one) for one in d)
-        return largest <= self.tol, f"largest difference {largest:.4g}, allowed {self.tol:g}", shown
+        return Finding(largest <= self.tol, f"largest difference {largest:.4g}, allowed {self.tol:g}", shown)
 
 
-class _Threshold(_Claim):
-    """A claim about one arm and a number."""
+class Ratio(_Pair):
+    """On average, `a` is less than a factor times `b`, both above `reference` if there is one, zero if not.
 
-    a: str
+    Undecided where `b` does not lie above the reference: then there is nothing to take a share of.
+    """
+
+    kind: Literal["ratio"] = "ratio"
+    reference: str | Term | None = None
+    factor: float = Field(gt=0, allow_inf_nan=False)
+
+    def terms(self) -> list[tuple[Keys, Term]]:
+        reference = [] if self.reference is None else [keys_of(("reference",), self.reference)]
+        return [*super().terms(), *reference]
+
+    def in_words(self) -> str:
+        above = "" if self.reference is None else f", both less {self.full(self.reference)}"
+        return f"{self.full(self.a)} is below {self.factor:g} times {self._other()}{above}"
+
+    def decide(self, numbers: Numbers) -> Finding:
+        base = mean(numbers[2]) if len(numbers) > 2 else 0.0
+        a, b = mean(numbers[0]) - base, mean(numbers[1]) - base
+        if b <= 0:
+            return Finding(None, f"{self.label(self.b)} is {b:+.4g}, of which there is no share")
+        because = f"{a:.4g} against {b:.4g}, {a / b:.3g} of it, to be below {self.factor:g}"
+        return Finding(a < self.factor * b, because)
+
+
+class _Threshold(ClaimBase):
+    """A claim about one term and a number."""
+
+    a: str | Term
     value: float = Field(allow_inf_nan=False)
 
-    def names(self) -> list[tuple[str, str]]:
-        return [("a", self.a)]
+    def terms(self) -> list[tuple[Keys, Term]]:
+        return [keys_of(("a",), self.a)]
 
 
 class Above(_Threshold):
@@ -211,12 +143,12 @@ class Above(_Threshold):
 
     kind: Literal["above"] = "above"
 
-    def _terms(self) -> str:
-        return f"{self._quantity()} of {self.a} is above {self.value:g}"
+    def in_words(self) -> str:
+        return f"{self.full(self.a)} is above {self.value:g}"
 
-    def _decide(self, numbers: dict[str, list[float]]) -> tuple[bool, str, dict[str, list[float]]]:
-        least = min(numbers[self.a])
-        return least > self.value, f"smallest {least:.4g}, to be above {self.value:g}", numbers
+    def decide(self, numbers: Numbers) -> Finding:
+        least = min(numbers[0])
+        return Finding(least > self.value, f"smallest {least:.4g}, to be above {self.value:g}")
 
 
 class Below(_Threshold):
@@ -224,47 +156,46 @@ class Below(_Threshold):
 
     kind: Literal["below"] = "below"
 
-    def _terms(self) -> str:
-        return f"{self._quantity()} of {self.a} is below {self.value:g}"
+    def in_words(self) -> str:
+        return f"{self.full(self.a)} is below {self.value:g}"
 
-    def _decide(self, numbers: dict[str, list[float]]) -> tuple[bool, str, dict[str, list[float]]]:
-        largest = max(numbers[self.a])
-        return largest < self.value, f"largest {largest:.4g}, to be below {self.value:g}", numbers
+    def decide(self, numbers: Numbers) -> Finding:
+        largest = max(numbers[0])
+        return Finding(largest < self.value, f"largest {largest:.4g}, to be below {self.value:g}")
 
 
-class Monotone(_Claim):
-    """The means over seeds of a list of arms never turn against a direction, by more than a tolerance."""
+class Monotone(ClaimBase):
+    """The means over seeds of a list of terms never turn against a direction, by more than a tolerance."""
 
     kind: Literal["monotone"] = "monotone"
-    arms: list[str] = Field(min_length=2)
+    arms: list[str | Term] = Field(min_length=2)
     direction: Literal["increasing", "decreasing"] = "increasing"
     tol: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
-    def names(self) -> list[tuple[str, str]]:
-        return [("arms", arm) for arm in self.arms]
+    def terms(self) -> list[tuple[Keys, Term]]:
+        return [keys_of(("arms", i), arm) for i, arm in enumerate(self.arms)]
 
     @model_validator(mode="after")
-    def _distinct_arms(self) -> "Monotone":
+    def _distinct(self) -> "Monotone":
         twice = [arm for i, arm in enumerate(self.arms) if arm in self.arms[:i]]
         if twice:
             raise ValueError(f"arms names {twice[0]!r} twice.")
         return self
 
-    def _terms(self) -> str:
+    def in_words(self) -> str:
         turn = "falls" if self.direction == "increasing" else "rises"
-        return f"{self._quantity()} never {turn} along {', '.join(self.arms)}"
+        quantity = f"{self.reduce} of {self.metric}" if self.reduce != "last" else self.metric
+        subject = f"{quantity} never {turn}" if quantity else f"never {turn}"
+        return f"{subject} along {', '.join(self.label(arm) for arm in self.arms)}"
 
-    def _decide(self, numbers: dict[str, list[float]]) -> tuple[bool, str, dict[str, list[float]]]:
+    def decide(self, numbers: Numbers) -> Finding:
         sign = 1 if self.direction == "increasing" else -1
-        means = [_mean(numbers[arm]) for arm in self.arms]
+        means = [mean(column) for column in numbers]
         worst = min(sign * (after - before) for before, after in pairwise(means))
-        because = f"means {', '.join(f'{mean:.4g}' for mean in means)}"
-        return worst >= -self.tol, because + (f", tolerance {self.tol:g}" if self.tol else ""), numbers
+        because = f"means {', '.join(f'{one:.4g}' for one in means)}"
+        return Finding(worst >= -self.tol, because + (f", tolerance {self.tol:g}" if self.tol else ""))
 
 
-def _mean(values: Sequence[float]) -> float:
-    """Returns the mean, summed exactly so that the order of seeds cannot decide."""
-    return math.fsum(values) / len(values)
-
-
-Claim = Annotated[Greater | Close | Equal | Above | Below | Monotone, Field(discriminator="kind")]
+Claim = Annotated[
+    Greater | Close | Equal | Ratio | Above | Below | Monotone | Trend | LogFit, Field(discriminator="kind")
+]

@@ -114,7 +114,7 @@ class ExperimentConfig(BaseModel):
         """Raises if the baseline or a claim speaks of an arm that is not there."""
         named: list[tuple[Keys, str]] = [(("baseline",), self.baseline)] if self.baseline else []
         for i, claim in enumerate(self.claims):
-            named += [(("claims", i, key), arm) for key, arm in claim.names()]
+            named += [(("claims", i, *keys), term.arm) for keys, term in claim.terms()]
         for keys, arm in named:
             if arm not in self.arms:
                 raise LocatedError(_say(written, keys, f"no arm {arm!r}{suggestion(arm, self.arms, what='arms')}"))
@@ -124,8 +124,10 @@ class ExperimentConfig(BaseModel):
         for i, metric in enumerate(self.metrics):
             _refuse_metric(metric, self.known_metrics(self.arms), _place(written, ("metrics", i)))
         for i, claim in enumerate(self.claims):
-            known = self.known_metrics([arm for _, arm in claim.names()])
-            _refuse_metric(claim.metric, known, _place(written, ("claims", i, "metric")))
+            for keys, term in claim.terms():
+                known = self.known_metrics([term.arm])
+                own = (*keys[:-1], "metric") if term.metric else ("metric",)
+                _refuse_metric(claim.full(term).metric, known, _place(written, ("claims", i, *own)))
 
     def __eq__(self, other: object) -> bool:
         """Returns whether two experiments say the same, wherever they were written."""
@@ -198,7 +200,7 @@ class ExperimentConfig(BaseModel):
         arms = sorted({*arms, self.baseline_arm} if len(set(arms)) > 1 else set(arms))
         if arms:
             data["arms"] = {name: change for name, change in self.arms.items() if name in arms}
-            kept = [claim for claim in self.claims if all(arm in arms for _, arm in claim.names())]
+            kept = [claim for claim in self.claims if set(claim.arms_named()) <= set(arms)]
             data["claims"] = [one for one, claim in zip(data["claims"], self.claims, strict=True) if claim in kept]
             data["baseline"] = self.baseline if self.baseline in arms else ""
         if seeds:

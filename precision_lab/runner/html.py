@@ -20,7 +20,7 @@ from precision_lab.runner.summary import (
 from precision_lab.runner.terminal import MARKS, stacked
 
 if TYPE_CHECKING:
-    from precision_lab.runner.claims import Verdict
+    from precision_lab.runner.claim import Verdict
     from precision_lab.runner.results import Cell, Results, Row
 
 _STATUS = {

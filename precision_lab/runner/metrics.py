@@ -97,6 +97,10 @@ class Series:
         with np.errstate(invalid="ignore"):
             return float({"mean": np.mean, "max": np.max, "min": np.min}[how](self.values))
 
+    def at(self, step: int) -> float | None:
+        """Returns the value of a step, None if it was not logged then."""
+        return self.values[self.steps.index(step)] if step in self.steps else None
+
 
 def series(rows: list[dict[str, Any]]) -> dict[str, Series]:
     """Returns every metric of a run by its name, `split/metric`, in order of step."""

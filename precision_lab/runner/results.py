@@ -10,7 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from precision_lab.runner.claims import Claim, Diverged, Verdict
+from precision_lab.runner.claim import Diverged, Term, Verdict
+from precision_lab.runner.claims import Claim
 from precision_lab.runner.config import ExperimentConfig
 from precision_lab.runner.identity import run_id, semantic
 from precision_lab.runner.metrics import Series, encode_number
@@ -50,13 +51,16 @@ class Trial:
     series: dict[str, Series] = field(repr=False)
     duration_s: float | None = None
 
-    def value(self, metric: str, reduce: str = "last") -> float | str:
-        """Returns a metric reduced over the run, or in words why there is none."""
+    def value(self, metric: str, reduce: str = "last", at: int | None = None) -> float | str:
+        """Returns a metric reduced over the run, or at one step, or in words why there is none."""
         if self.state != "done":
             return self.trouble()
         if metric not in self.series:
             return f"{metric} was not logged"
-        return self.series[metric].reduce(reduce)
+        if at is None:
+            return self.series[metric].reduce(reduce)
+        found = self.series[metric].at(at)
+        return f"{metric} was not logged at step {at}" if found is None else found
 
     def trouble(self) -> str:
         """Returns what kept the run from finishing, empty for a finished one."""
@@ -129,12 +133,16 @@ class Results:
     def _verdict(self, claim: Claim) -> Verdict:
         """Returns the verdict on one claim; says so if its arms share no initialisation or no batches."""
         seeds = self.experiment.seeds
-        verdict = claim.judge(lambda arm, seed, metric, how: self.trial(arm, seed).value(metric, how), seeds)
-        differing = self._unpaired([arm for _, arm in claim.names()]) if claim.pairs and verdict.numbers else []
+        verdict = claim.judge(self._value, seeds)
+        differing = self._unpaired(claim.arms_named()) if claim.pairs and verdict.numbers else []
         if not differing:
             return verdict
         words = f"not paired: {', '.join(differing)} {'differs' if len(differing) == 1 else 'differ'}"
         return replace(verdict, because=f"{verdict.because}; {words}")
+
+    def _value(self, term: Term, seed: int) -> float | str:
+        """Returns the number that a term of a claim names, or in words why there is none."""
+        return self.trial(term.arm, seed).value(term.metric, term.reduce or "last", term.at)
 
     def _unpaired(self, arms: Sequence[str]) -> list[str]:
         """Returns the dotted keys of model and data in which arms differ."""

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from precision_lab.runner.claims import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+from precision_lab.runner.claim import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 
 if TYPE_CHECKING:
     from precision_lab.runner.results import Results

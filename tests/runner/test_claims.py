@@ -3,7 +3,8 @@ import math
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from precision_lab.runner.claims import Claim, Diverged
+from precision_lab.runner.claim import Diverged
+from precision_lab.runner.claims import Claim
 
 CLAIM = TypeAdapter(Claim)
 SEEDS = (0, 1, 2)
@@ -13,9 +14,9 @@ def judge(claim, numbers, seeds=SEEDS):
     """Returns the verdict on a claim when each arm reached these numbers, seed by seed."""
     claim = CLAIM.validate_python({"metric": "eval/loss", **claim})
 
-    def value(arm, seed, metric, reduce):
-        assert (metric, reduce) == ("eval/loss", claim.reduce)
-        return numbers[arm][seed]
+    def value(term, seed):
+        assert (term.metric, term.reduce, term.at) == ("eval/loss", claim.reduce, None)
+        return numbers[term.arm][seed]
 
     return claim.judge(value, seeds)
 
@@ -25,8 +26,17 @@ CLOSE = {"kind": "close", "a": "x", "b": "y", "margin": 0.5}
 EQUAL = {"kind": "equal", "a": "x", "b": "y"}
 ABOVE = {"kind": "above", "a": "x", "value": 1.0}
 BELOW = {"kind": "below", "a": "x", "value": 1.0}
+RATIO = {"kind": "ratio", "a": "x", "b": "y", "reference": "z", "factor": 0.5}
 RISES = {"kind": "monotone", "arms": ["x", "y", "z"]}
 Y = [0.0, 10.0, 20.0]  # Seeds differ far more than arms, as they do in earnest.
+
+LAW = {
+    "kind": "log_fit", "powers": ["step"], "exponentials": ["bits"], "r2": 0.9, "rising": ["step"], "falling": ["bits"],
+    "points": [
+        {"arm": "x", "metric": f"eval_{b}/loss", "less": {"arm": "x"}, "steps": [10, 20, 40], "where": {"bits": b}}
+        for b in (3, 4, 5)
+    ],
+}  # fmt: skip
 
 CASES = [
     (GT, {"x": [0.6, 10.6, 20.6], "y": Y}, "reproduced"),
@@ -43,6 +53,11 @@ CASES = [
     (EQUAL, {"x": [0.0, 10.0, math.nextafter(20.0, 21.0)], "y": Y}, "not_reproduced"),
     ({**EQUAL, "tol": 1.0}, {"x": [1.0, 9.0, 20.0], "y": Y}, "reproduced"),
     ({**EQUAL, "tol": 1.0}, {"x": [1.5, 9.0, 20.0], "y": Y}, "not_reproduced"),
+    (RATIO, {"x": [1.4, 11.4, 21.6], "y": [2.0, 12.0, 22.0], "z": [1.0, 11.0, 21.0]}, "reproduced"),
+    (RATIO, {"x": [1.5, 11.5, 21.5], "y": [2.0, 12.0, 22.0], "z": [1.0, 11.0, 21.0]}, "not_reproduced"),
+    (RATIO, {"x": [0.0] * 3, "y": [1.0] * 3, "z": [1.0] * 3}, "inconclusive"),  # half of nothing
+    ({**RATIO, "reference": None}, {"x": [4.0] * 3, "y": [9.0] * 3}, "reproduced"),
+    ({**RATIO, "reference": None}, {"x": [5.0] * 3, "y": [9.0] * 3}, "not_reproduced"),
     (ABOVE, {"x": [1.1, 5.0, 9.0]}, "reproduced"),
     (ABOVE, {"x": [1.0, 5.0, 9.0]}, "not_reproduced"),
     (BELOW, {"x": [0.9, 0.0, -9.0]}, "reproduced"),
@@ -60,7 +75,7 @@ def test_claims_are_judged_as_the_grammar_says(claim, numbers, verdict):
     assert judge(claim, numbers).verdict == verdict
 
 
-@pytest.mark.parametrize("claim", [GT, CLOSE, EQUAL, ABOVE, BELOW, RISES], ids=lambda claim: claim["kind"])
+@pytest.mark.parametrize("claim", [GT, CLOSE, EQUAL, RATIO, ABOVE, BELOW, RISES], ids=lambda claim: claim["kind"])
 @pytest.mark.parametrize("bad", ["diverged at step 7", "not run", math.nan, math.inf, -math.inf])
 def test_a_run_without_a_finite_number_is_inconclusive_never_a_pass(claim, bad):
     numbers = {"x": [5.0, bad, 5.0], "y": [0.0] * 3, "z": [9.0] * 3}
@@ -72,7 +87,7 @@ def test_a_run_without_a_finite_number_is_inconclusive_never_a_pass(claim, bad):
     assert str(bad) in verdict.because
 
 
-@pytest.mark.parametrize("claim", [GT, CLOSE, EQUAL, ABOVE, BELOW, RISES], ids=lambda claim: claim["kind"])
+@pytest.mark.parametrize("claim", [GT, CLOSE, EQUAL, RATIO, ABOVE, BELOW, RISES], ids=lambda claim: claim["kind"])
 def test_a_verdict_carries_its_numbers_and_a_sentence(claim):
     verdict = judge(claim, {"x": [1.0, 2.0, 3.0], "y": [1.0, 1.5, 2.5], "z": [4.0, 5.0, 6.0]})
 
@@ -104,6 +119,15 @@ def test_the_author_says_it_in_his_own_words():
         ({**RISES, "arms": ["x"]}, "at least 2"),
         ({**RISES, "arms": ["x", "y", "x"]}, "arms names 'x' twice"),
         ({**GT, "reduce": "median"}, "'last', 'mean', 'max' or 'min'"),
+        ({**GT, "metric": ""}, "metric\n.*Field required"),
+        ({**GT, "a": {"arm": "x", "reduce": "max", "at": 3}}, "reduce and at exclude each other"),
+        ({**GT, "a": {"arm": "x"}, "b": {"arm": "x"}}, "a and b are the same term"),
+        ({"kind": "trend", "a": "x", "at": [1, 2], "value": 0.9}, "at least 3"),
+        ({"kind": "trend", "a": "x", "at": [1, 3, 2], "value": 0.9}, "at must be rising steps"),
+        ({**LAW, "rising": ["size"]}, "'size' is not among the variables step, bits"),
+        ({**LAW, "powers": ["step", "step"]}, "each only once"),
+        ({**LAW, "powers": ["step", "bits"]}, "each only once"),
+        ({**LAW, "powers": ["step", "size"]}, "arm 'x' does not say what 'size' is"),
         ({**GT, "kind": "greater"}, "'gt', 'close'"),
         ({"kind": "close", "a": "x", "b": "y"}, "Field required"),
     ],
@@ -133,3 +157,77 @@ def test_closeness_on_average_shows_the_largest_difference():
     because = judge(CLOSE, {"x": [5.0, 5.0, 20.0], "y": Y}).because
 
     assert because == "difference +0 on average, allowed 0.5, largest 5"
+
+
+def judged(claim, value, seeds=SEEDS):
+    """Returns the verdict on a claim whose terms have the values of a function of (term, seed)."""
+    return CLAIM.validate_python({"metric": "eval/loss", **claim}).judge(value, seeds)
+
+
+def test_terms_have_a_metric_a_reduction_or_a_step_of_their_own():
+    def value(term, seed):
+        known = {
+            ("x", "eval/loss", "last", None): 1.0,
+            ("x", "eval_int3/loss", "last", None): 1.5,
+            ("x", "eval/loss", None, 250): 3.0,
+            ("y", "eval/loss", "max", None): 9.0,
+        }
+        return known[term.arm, term.metric, term.reduce, term.at]
+
+    damage = judged({"kind": "gt", "a": {"arm": "x", "metric": "eval_int3/loss"}, "b": "x", "margin": 0.4}, value)
+    later = judged({"kind": "gt", "a": {"arm": "x", "at": 250}, "b": "x", "margin": 1.9}, value)
+    largest = judged({"kind": "below", "a": {"arm": "y", "reduce": "max"}, "value": 9.5}, value)
+
+    assert [one.verdict for one in (damage, later, largest)] == ["reproduced"] * 3
+    assert damage.numbers["eval_int3/loss of x - x"] == [0.5] * 3
+    assert damage.say == "eval_int3/loss of x exceeds eval/loss of x by more than 0.4"
+    assert later.say == "eval/loss of x at step 250 exceeds eval/loss of x by more than 1.9"
+    assert largest.numbers == {"max of eval/loss of y": [9.0] * 3}
+
+
+@pytest.mark.parametrize(
+    ("values", "least", "verdict"),
+    [
+        ([1.0, 2.0, 4.0, 8.0, 16.0], 1.0, "reproduced"),
+        ([1.0, 2.0, 8.0, 4.0, 16.0], 0.9, "reproduced"),  # 1 - 6 * 2 / (5 * 24) = 0.9
+        ([1.0, 2.0, 8.0, 4.0, 16.0], 0.91, "not_reproduced"),
+        ([5.0, 4.0, 3.0, 2.0, 1.0], -0.9, "not_reproduced"),
+        ([1.0] * 5, 0.0, "inconclusive"),
+    ],
+)
+def test_a_trend_is_spearmans_correlation_with_the_step(values, least, verdict):
+    at = [10, 20, 40, 80, 160]
+    claim = {"kind": "trend", "a": {"arm": "x", "metric": "eval_int3/loss"}, "reference": "x", "at": at, "value": least}
+
+    def value(term, seed):
+        loss = 100.0 * seed - at.index(term.at)  # falls, as losses do; what is added to it is tested
+        return loss + values[at.index(term.at)] if term.metric == "eval_int3/loss" else loss
+
+    assert judged(claim, value).verdict == verdict
+
+
+@pytest.mark.parametrize(("power", "rate", "verdict"), [
+    (0.5, -0.7, "reproduced"), (-0.5, -0.7, "not_reproduced"), (0.5, 0.7, "not_reproduced"),
+])  # fmt: skip
+def test_a_law_is_found_again_with_its_exponents(power, rate, verdict):
+    def value(term, seed):
+        bits = 0 if term.metric == "eval/loss" else int(term.metric.split("_")[1].split("/")[0])
+        return 2.0 + (3.0 * term.at**power * math.exp(rate * bits) if bits else 0.0)
+
+    found = judged(LAW, value)
+
+    assert found.verdict == verdict
+    assert f"step {power:+.3g}, bits {rate:+.3g}" in found.because
+    assert "R^2 1," in found.because
+    assert "27 numbers" in found.because
+
+
+def test_a_law_that_does_not_fit_is_not_reproduced_and_one_without_logarithm_is_undecided():
+    noise = {10: 5.0, 20: 1.0, 40: 4.0}
+
+    noisy = judged(LAW, lambda term, seed: noise[term.at] if "_" in term.metric else 0.0)
+    flat = judged(LAW, lambda term, seed: 1.0)
+
+    assert noisy.verdict == "not_reproduced"
+    assert flat.verdict == "inconclusive"
+    assert "x at step 10: 0 has no logarithm" in flat.because
