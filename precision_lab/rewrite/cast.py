@@ -324,9 +324,13 @@ def _evaluate(lhs: jax.Array, rhs: jax.Array, *, op: Any, how: Casting) -> jax.A
 def _as_result(out: jax.Array, how: Casting) -> jax.Array:
     """Returns a product in the dtype of its result."""
     info = jnp.finfo(how.result)
-    if info.bits < 32:  # XLA may drop the rounding of a cast that is undone later, but not this one
-        out = lax.reduce_precision(out, info.nexp, info.nmant)
-    return out.astype(how.result)
+    if info.bits >= 32:
+        return out.astype(how.result)
+    # XLA may drop the rounding of a cast that is undone later, but neither of these. reduce_precision has no
+    # subnormals, so it serves only where the result has the exponents of float32.
+    if info.nexp == jnp.finfo(jnp.float32).nexp:
+        return lax.reduce_precision(out, info.nexp, info.nmant).astype(how.result)
+    return lax.optimization_barrier(out.astype(how.result))
 
 
 def _gradient_of_lhs(cotangent: jax.Array, lhs: Any, rhs: jax.Array, *, op: Any, how: Casting) -> jax.Array:

@@ -242,3 +242,38 @@ def test_float64_products_need_64_bit_mode_and_then_happen():
         under(x)
     with jax.enable_x64(True):
         assert products(under, x) == [("float64", "float64", "float64")]
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+@pytest.mark.parametrize("jitted", [False, True])
+def test_results_and_gradients_keep_the_subnormals_of_their_dtype(name, jitted):
+    """Products of float16 came out zero below 2**-14, gradients among them: a reduced precision has no subnormals."""
+    dtype, exponents = getattr(ml_dtypes, name, np.float16), np.arange(-30, 4)
+    values = np.ldexp(np.array([1.0, 1.5, 1.00048828125, 1.9990234375])[:, None], exponents).reshape(1, -1)
+    operand, one = jnp.asarray(values, dtype), jnp.ones((1, 1), dtype)
+    multiply = apply_to_function(jnp.dot, Policy.parse(f"params={name},compute={name},output={name}"))
+
+    def both(cotangent):
+        out, pullback = jax.vjp(multiply, one, operand)
+        return out, pullback(cotangent)[1]
+
+    out, gradient = (jax.jit(both) if jitted else both)(operand)
+
+    np.testing.assert_array_equal(np.asarray(out).view(np.uint16), np.asarray(operand).view(np.uint16))
+    np.testing.assert_array_equal(np.asarray(gradient).view(np.uint16), np.asarray(operand).view(np.uint16))
+
+
+def test_a_sum_is_rounded_to_float16_as_a_cast_rounds_it():
+    """Ties between subnormals and overflow included, against numpy's cast of the exact sum."""
+    rng = np.random.default_rng(0)
+    lhs = (rng.integers(-7, 8, (4096, 2)) * 2.0 ** rng.integers(-14, 12, (4096, 1))).astype(np.float16)
+    rhs = np.array([[2.0**-12], [2.0**-13]], np.float16)
+    large = np.array([[2.0**5], [2.0**4]], np.float16)
+    multiply = jax.jit(apply_to_function(jnp.dot, Policy.parse("params=float16,compute=float16,output=float16")))
+
+    for right in (rhs, large):
+        exact = lhs.astype(np.float64) @ right.astype(np.float64)
+        with np.errstate(over="ignore"):
+            expected = exact.astype(np.float16)
+        np.testing.assert_array_equal(np.asarray(multiply(lhs, right)), expected)
+    assert (abs(lhs.astype(np.float64) @ rhs) < 2.0**-14).mean() > 0.3
