@@ -89,6 +89,7 @@ def run(
     out: str | os.PathLike[str] = "runs",
     presets: Sequence[str] = (),
     settings: Sequence[str] | Mapping[str, Any] = (),
+    axes: Sequence[str] | Mapping[str, Sequence[Any]] = (),
     arms: Sequence[str] = (),
     seeds: Sequence[int] = (),
     imports: Sequence[str] = (),
@@ -104,7 +105,7 @@ def run(
     Raises:
       ValueError: the experiment cannot run as it stands; nothing has been written.
     """
-    experiment = load(source, presets=presets, settings=settings, arms=arms, seeds=seeds, imports=imports)
+    experiment = load(source, presets=presets, settings=settings, axes=axes, arms=arms, seeds=seeds, imports=imports)
     planned = check(experiment, out)
     env = fingerprint()
     pending = [one for one in planned if one.run.status()["state"] not in FINISHED]
