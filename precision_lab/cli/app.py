@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import typer
 
-from precision_lab.cli import bench, browse, experiments, numbers
+from precision_lab.cli import bench, browse, experiments, numbers, records
 from precision_lab.cli.output import error_console
 
 OK, BAD_INPUT, SOME_FAILED, DIVERGED, INTERRUPTED = 0, 2, 3, 4, 130
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 experiments.register(app)
 browse.register(app)
+records.register(app)
 numbers.register(app)
 bench.register(app)
 

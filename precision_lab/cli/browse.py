@@ -1,4 +1,4 @@
-"""Commands about what has run: ls, show."""
+"""Commands about what has run: ls, show, status, diff."""
 
 import time
 from pathlib import Path
@@ -10,6 +10,7 @@ from precision_lab.cli.experiments import Import, Json, Out
 from precision_lab.cli.output import console, show, show_json
 
 if TYPE_CHECKING:
+    from precision_lab.runner import comparison
     from precision_lab.runner.rundir import RunDir
 
 _METRICS = ("eval/loss", "eval/accuracy")
@@ -19,47 +20,117 @@ def register(app: typer.Typer) -> None:
     """Adds the commands."""
     app.command("ls")(list_runs)
     app.command("show")(show_run)
+    app.command("status")(status)
+    app.command("diff")(diff)
 
 
-def list_runs(out: Out = Path("runs"), json: Json = False) -> None:
-    """List the runs, their states and what they reached."""
-    from precision_lab.runner.rundir import all_runs
+def list_runs(
+    out: Out = Path("runs"),
+    where: Annotated[str, typer.Option(metavar="SQL", help='Only these: "optim.lr < 1e-2 and eval/loss < 0.5".')] = "",
+    json: Json = False,
+) -> None:
+    """List the runs, their states and what they reached; with --where also whatever it speaks of.
+
+    Columns are state, step, policy, seed and the like, dotted keys of configurations (train.steps), and the last value
+    of each metric (eval/loss); --json shows all of them.
+    """
+    from precision_lab.runner.store import Store, mentioned
     from precision_lab.runner.terminal import text_table
 
-    rows = [_entry(run) for run in all_runs(out)]
+    with Store(out) as store:
+        rows = store.rows(where)
+        named = mentioned(where, store.columns) if where else []
     if not rows and not json:
-        typer.echo(f"no runs in {out}; precision-lab run TARGET makes some.")
+        typer.echo(f"no such runs in {out}." if where else f"no runs in {out}; precision-lab run TARGET makes some.")
         return
-    cells = [
-        (
-            row["run_id"],
-            row["state"],
-            row["step"],
-            *(_number(row["metrics"].get(name)) for name in _METRICS),
-            row["age"],
-        )
-        for row in rows
-    ]
-    data = [{key: value for key, value in row.items() if key != "age"} for row in rows]
-    show(text_table(["run", "state", ">step", *(f">{name}" for name in _METRICS), ">age"], cells), data, as_json=json)
+    extra = [name for name in named if name not in ("run_id", "state", "step", "unix_s", *_METRICS)]
+    columns = ["state", "step", *extra, *_METRICS]
+    cells = [(row["run_id"], *(_number(row.get(name)) for name in columns), _age(row.get("unix_s"))) for row in rows]
+    heads = ["run", "state", ">step", *(f">{name}" for name in (*extra, *_METRICS)), ">age"]
+    show(text_table(heads, cells), [_jsonable(row) for row in rows], as_json=json)
 
 
-def _entry(run: "RunDir") -> dict[str, Any]:
-    """Returns one run as plain data."""
+def _jsonable(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns a row of the store with its metrics apart, and with numbers that JSON knows."""
     from precision_lab.runner.metrics import encode_number
 
-    status, summary = run.status(), run.summary()
-    metrics = {key: encode_number(value) for key, value in summary.get("metrics", {}).items()}
-    return {
-        "run_id": run.id,
-        "state": status["state"],
-        "step": summary.get("step", status.get("step", "")),
-        "attempt": status.get("attempt", 0),
-        "error": status.get("error"),
-        "metrics": metrics,
-        "unix_s": status.get("unix_s"),
-        "age": _age(status.get("unix_s")),
-    }
+    metrics = {name: encode_number(value) for name, value in row.items() if "/" in name}
+    return {**{name: encode_number(value) for name, value in row.items() if "/" not in name}, "metrics": metrics}
+
+
+def status(out: Out = Path("runs"), json: Json = False) -> None:
+    """Tell how far each experiment is: its runs by state, and when something last happened."""
+    from precision_lab.runner.store import Store
+    from precision_lab.runner.terminal import text_table
+
+    with Store(out) as store:
+        runs = {row["run_id"]: row for row in store.rows()}
+        arms = store.arms()
+    data = []
+    for experiment in dict.fromkeys(row["experiment"] for row in arms):
+        ids = dict.fromkeys(row["run_id"] for row in arms if row["experiment"] == experiment)
+        states = [runs.get(one, {}).get("state", "queued") for one in ids]
+        counts = {state: states.count(state) for state in sorted(set(states))}
+        last = max((runs[one].get("unix_s") or 0 for one in ids if one in runs), default=0) or None
+        data.append({"experiment": experiment, "runs": len(ids), "states": counts, "unix_s": last})
+    if not data and not json:
+        typer.echo(f"no experiments in {out}; precision-lab run TARGET makes some.")
+        return
+    cells = [(row["experiment"], row["runs"], _counts(row["states"]), _age(row["unix_s"])) for row in data]
+    show(text_table(["experiment", ">runs", "states", ">age"], cells), data, as_json=json)
+
+
+def _counts(states: dict[str, int]) -> str:
+    """Returns `9 done, 1 failed`."""
+    return ", ".join(f"{count} {state}" for state, count in states.items())
+
+
+Side = Annotated[str, typer.Argument(help="A run, an experiment, or one of its arms: experiments/x::float16.")]
+
+
+def diff(a: Side, b: Side, out: Out = Path("runs"), imports: Import = None, json: Json = False) -> None:
+    """Explain in words how two runs, arms or experiments differ: configuration, environment, last metrics.
+
+    Two experiments are compared arm by arm; metrics over seeds are paired by seed.
+    """
+    from precision_lab.runner.comparison import difference, sentences
+    from precision_lab.runner.loading import import_module_of_user
+
+    for module in imports or ():
+        import_module_of_user(module)
+    left, right = _sides(a, out), _sides(b, out)
+    pairs = [(x, y) for x in left for y in right if len(left) == len(right) == 1 or _arm(x.name) == _arm(y.name)]
+    if not pairs:
+        raise ValueError(f"{a} and {b} have no arm in common; name one of each: {a}::ARM.")
+    found = [difference(x, y) for x, y in pairs]
+    if json:
+        show_json(found)
+        return
+    for one in found:
+        console().print("\n".join([*sentences(one), ""]), markup=False, highlight=False, soft_wrap=True)
+
+
+def _arm(name: str) -> str:
+    """Returns the arm in the name of a side."""
+    return name.rpartition("::")[2]
+
+
+def _sides(text: str, out: Path) -> list["comparison.Side"]:
+    """Returns what a text means: a run, an arm, or all arms of an experiment."""
+    from precision_lab import runner
+    from precision_lab.runner import comparison
+
+    target, colons, arm = text.partition("::")
+    try:
+        return [comparison.side_of_run(find_run(text, out))]
+    except ValueError as error:
+        if not colons and not Path(target).exists() and not (Path("experiments") / target).exists():
+            raise ValueError(f"{error} Nor is it an experiment; arms are written EXPERIMENT::ARM.") from None
+    folder = Path(target).resolve()
+    if (folder / "experiment.yaml").is_file():
+        out = folder.parent
+    results = runner.read(runner.load(target, arms=[arm] if arm else ()), out)
+    return [comparison.side_of_arm(f"{target}::{name}", results.of_arm(name)) for name in results.experiment.arms]
 
 
 def _number(value: Any) -> str:

@@ -15,6 +15,10 @@ Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key: --set optim.lr=1e-3.")
 ]
 Presets = Annotated[list[str] | None, typer.Option("--preset", metavar="NAME", help="Apply a preset of the file.")]
+Axes = Annotated[
+    list[str] | None,
+    typer.Option("--axis", metavar="KEY=A,B", help="Multiply every arm: --axis optim.lr=1e-3,3e-3; may be repeated."),
+]
 Smoke = Annotated[bool, typer.Option("--smoke", help="Short for --preset smoke: seconds instead of minutes.")]
 Arms = Annotated[
     list[str] | None,
@@ -40,12 +44,14 @@ def run(
     target: Target,
     settings: Settings = None,
     presets: Presets = None,
+    axes: Axes = None,
     smoke: Smoke = False,
     arms: Arms = None,
     seed: Seed = None,
     seeds: Seeds = "",
     out: Out = Path("runs"),
     imports: Import = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count, as check does; runs nothing.")] = False,
     json: Json = False,
 ) -> None:
     """Run an experiment: every arm with every seed, what is done already left out; ends with table and report.
@@ -55,7 +61,10 @@ def run(
     from precision_lab import runner
     from precision_lab.runner.terminal import print_results
 
-    experiment = _load(target, settings, presets, smoke, arms, seed, seeds, imports)
+    experiment = _load(target, settings, presets, smoke, arms, seed, seeds, imports, axes)
+    if dry_run:
+        _show_plan(experiment, out, as_json=json)
+        return
     try:
         results = runner.run(experiment, out=out, say=say)
     except KeyboardInterrupt:
@@ -73,6 +82,7 @@ def check(
     target: Target,
     settings: Settings = None,
     presets: Presets = None,
+    axes: Axes = None,
     smoke: Smoke = False,
     arms: Arms = None,
     seed: Seed = None,
@@ -82,28 +92,32 @@ def check(
     json: Json = False,
 ) -> None:
     """Validate an experiment and count its runs, without compiling or writing anything."""
+    _show_plan(_load(target, settings, presets, smoke, arms, seed, seeds, imports, axes), out, as_json=json)
+
+
+def _show_plan(experiment: "ExperimentConfig", out: Path, *, as_json: bool) -> None:
+    """Prints what running an experiment would mean, after making sure that every arm can start."""
     from precision_lab import runner
+    from precision_lab.runner.planning import outlook
     from precision_lab.runner.summary import change_text, varied
     from precision_lab.runner.terminal import text_table
 
-    experiment = _load(target, settings, presets, smoke, arms, seed, seeds, imports)
-    planned = runner.check(experiment, out)
-    results = runner.read(experiment, out)
-    changes = varied(results)
+    runner.check(experiment, out)
+    plan = outlook(experiment, out)
+    changes = varied(plan.results)
     rows = [
         {
             "arm": arm,
             "changes": {key: value for key, value in changes[arm].items() if key != "seed"},
-            "runs": {str(one.seed): {"run_id": one.run_id, "state": one.state} for one in results.of_arm(arm)},
+            "runs": {str(one.seed): {"run_id": one.run_id, "state": one.state} for one in plan.results.of_arm(arm)},
         }
         for arm in experiment.arms
     ]
-    finished = sum(one.run.status()["state"] in {"done", "diverged"} for one in planned)
-    data = {"experiment": experiment.name, "runs": len(planned), "finished": finished, "arms": rows}
+    data = {"experiment": experiment.name, **plan.to_dict(), "axes": experiment.axes, "arms": rows}
     cells = [(row["arm"], change_text(row["changes"]) or "(baseline)", " ".join(_states(row["runs"]))) for row in rows]
-    show(text_table(["arm", "differs from the baseline in", "seeds"], cells), data, as_json=json)
-    if not json:
-        typer.echo(f"{experiment.name}: {len(planned)} runs, {finished} of them finished; the configuration is valid.")
+    show(text_table(["arm", "differs from the baseline in", "seeds"], cells), data, as_json=as_json)
+    if not as_json:
+        typer.echo("\n".join(plan.sentences()))
 
 
 def _states(runs: dict[str, Any]) -> list[str]:
@@ -115,6 +129,7 @@ def report(
     target: Target,
     settings: Settings = None,
     presets: Presets = None,
+    axes: Axes = None,
     smoke: Smoke = False,
     arms: Arms = None,
     seed: Seed = None,
@@ -133,7 +148,7 @@ def report(
     from precision_lab import runner
     from precision_lab.runner.terminal import print_results
 
-    experiment = _load(target, settings, presets, smoke, arms, seed, seeds, imports)
+    experiment = _load(target, settings, presets, smoke, arms, seed, seeds, imports, axes)
     if (Path(target) / "experiment.yaml").is_file():
         out = Path(target).resolve().parent if out == Path("runs") else out
     results = runner.read(experiment, out)
@@ -156,34 +171,18 @@ def _load(
     seed: list[int] | None,
     seeds: str,
     imports: list[str] | None,
+    axes: list[str] | None = None,
 ) -> "ExperimentConfig":
     """Returns the experiment that the options describe."""
     from precision_lab import runner
+    from precision_lab.runner.axes import parse_seeds
 
     return runner.load(
         target,
         settings=settings or (),
         presets=[*(presets or ()), *(["smoke"] if smoke else [])],
         arms=arms or (),
+        axes=axes or (),
         seeds=[*(seed or ()), *parse_seeds(seeds)],
         imports=imports or (),
     )
-
-
-def parse_seeds(text: str) -> list[int]:
-    """Returns the seeds of `0,1,2`, of `0..4` (both ends included), or of a mixture.
-
-    Raises:
-      ValueError: something else.
-    """
-    found: list[int] = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        first, dots, last = part.partition("..")
-        if not first.isdecimal() or (dots and not last.isdecimal()):
-            raise ValueError(f"--seeds {text}: expected numbers such as 0,1,2 or a range such as 0..4, got {part!r}.")
-        if dots and int(last) < int(first):
-            raise ValueError(f"--seeds {text}: the range {part!r} runs backwards; write {last}..{first}.")
-        found += range(int(first), int(last) + 1) if dots else [int(first)]
-    if text and not found:
-        raise ValueError(f"--seeds {text}: no seed in it; expected 0,1,2 or a range such as 0..4.")
-    return found

@@ -14,9 +14,11 @@ The same keys in a YAML file give an equal experiment; `loading.load` adds prese
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
+from precision_lab.runner.axes import axis_entry, parse_seeds, with_entry
 from precision_lab.runner.claims import Claim
+from precision_lab.runner.expansion import expand
 from precision_lab.runner.explain import LocatedError, validate
 from precision_lab.runner.identity import digest, experiment_id
 from precision_lab.runner.known import metric_names
@@ -25,6 +27,7 @@ from precision_lab.runner.tree import Tree, from_python, suggestion
 from precision_lab.runner.yaml12 import Keys, Place
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.@+-]*$", max_length=64)]
+ArmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.@+=,-]*$", max_length=240)]
 Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
 
 
@@ -61,7 +64,9 @@ class ExperimentConfig(BaseModel):
       notes: anything a reader should know; no part of any identity.
       base: what all arms share.
       arms: by name, what each changes; merged key by key into the base.
-      seeds: each arm is run once for each.
+      points: of arms that came of a `sweep`, by name the value of each axis; written by the expansion.
+      max_trials: how many runs there may be; `load` refuses more. None is no limit.
+      seeds: each arm is run once for each; in a file also as text, `0..4`.
       baseline: the arm that the others are compared with; the first one if not given.
       metrics: columns of the result table, such as `eval/loss`; a sensible pair if not given.
       claims: what is judged when the runs are done.
@@ -74,7 +79,9 @@ class ExperimentConfig(BaseModel):
     notes: str = ""
     paper: Paper | None = None
     base: dict[str, Any] = Field(default_factory=dict)
-    arms: dict[Name, dict[str, Any] | None] = Field(default_factory=lambda: {"run": {}}, min_length=1)
+    arms: dict[ArmName, dict[str, Any] | None] = Field(default_factory=lambda: {"run": {}}, min_length=1)
+    points: dict[ArmName, dict[str, bool | int | float | str]] = Field(default_factory=dict)
+    max_trials: Annotated[int, Field(ge=1, strict=True)] | None = None
     seeds: tuple[Seed, ...] = Field(default=(0,), min_length=1)
     baseline: str = ""
     metrics: tuple[str, ...] = ()
@@ -87,16 +94,24 @@ class ExperimentConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _gather_base(cls, given: Any) -> Any:
-        """Moves the keys of a run under `base`."""
+        """Makes arms of a `sweep`, and moves the keys of a run under `base`."""
+        if isinstance(given, Mapping) and given.get("sweep") is not None:
+            given = expand(from_python(given)).data
         if not isinstance(given, Mapping) or "base" in given:
             return given
         rest = {key: value for key, value in given.items() if key not in BASE_KEYS}
         return {**rest, "base": {key: value for key, value in given.items() if key in BASE_KEYS}}
 
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _count_seeds(cls, given: Any) -> Any:
+        """Returns the seeds that `0..4` or `0,1,2` names; the rest is for pydantic."""
+        return parse_seeds(given, "seeds") if isinstance(given, str) else given
+
     @classmethod
     def written_keys(cls) -> list[str]:
         """Returns what may stand at the top level of a file, where the keys of `base` stand themselves."""
-        return sorted({*cls.model_fields, *BASE_KEYS, "presets"} - {"base"})
+        return sorted({*cls.model_fields, *BASE_KEYS, "presets", "sweep"} - {"base"})
 
     @model_validator(mode="after")
     def _resolve(self, info: ValidationInfo) -> "ExperimentConfig":
@@ -203,11 +218,54 @@ class ExperimentConfig(BaseModel):
             kept = [claim for claim in self.claims if set(claim.arms_named()) <= set(arms)]
             data["claims"] = [one for one, claim in zip(data["claims"], self.claims, strict=True) if claim in kept]
             data["baseline"] = self.baseline if self.baseline in arms else ""
+            data["points"] = {name: point for name, point in self.points.items() if name in arms}
         if seeds:
             data["seeds"] = list(seeds)
         places = {keys: place for keys, place in self._written.places.items() if keys[:1] not in _RENUMBERED}
         selected = validate(ExperimentConfig, from_python(data), context={"places": places})
         return selected._with_words(self._words)
+
+    def axis(
+        self,
+        key: str | Mapping[str, Sequence[Any]],
+        values: Sequence[Any] = (),
+        *,
+        name: str = "",
+        mode: Literal["grid", "zip"] = "grid",
+        labels: Sequence[Any] = (),
+        arms: Sequence[str] = (),
+    ) -> "ExperimentConfig":
+        """Returns the experiment with every arm multiplied by an axis, as `sweep` in a file does.
+
+            pl.load("experiments/x").axis("optim.lr", [1e-3, 3e-3]).with_seeds(3)
+
+        Args:
+          key: dotted key of a run, such as `policy` or `optim.lr`, or several with their values.
+          values: what the key takes.
+          name: of the axis in the names of arms; the last word of the key if not given.
+          mode: several keys multiply (`grid`) or go hand in hand (`zip`).
+          labels: what arms call the values; the values themselves if not given.
+          arms: multiply only these.
+
+        Raises:
+          LocatedError: a ValueError of one line: a key, a value or an arm that there is not.
+        """
+        named, entry = axis_entry({key: values} if isinstance(key, str) else key, name, mode, labels, arms)
+        tree = from_python({key: value for key, value in self.to_dict().items() if key != "max_trials"})
+        return validate(ExperimentConfig, expand(with_entry(tree, named, from_python(entry))))
+
+    @property
+    def axes(self) -> dict[str, list[Any]]:
+        """The axes of the sweep that the arms came of, by name their values; empty without a sweep."""
+        found: dict[str, dict[Any, None]] = {}
+        for point in self.points.values():
+            for name, value in point.items():
+                found.setdefault(name, {})[value] = None
+        return {name: list(values) for name, values in found.items()}
+
+    def with_seeds(self, seeds: int | Sequence[int]) -> "ExperimentConfig":
+        """Returns the experiment with other seeds; a number n means 0 to n - 1."""
+        return self.select(seeds=range(seeds) if isinstance(seeds, int) else seeds)
 
     def _with_words(self, words: tuple[str, ...]) -> "ExperimentConfig":
         """Returns the experiment, knowing the command it came from."""

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from precision_lab.runner.atomic import write_text
+from precision_lab.runner.atomic import write_json, write_text
 from precision_lab.runner.config import ExperimentConfig
 from precision_lab.runner.environment import differences, fingerprint, registered_code
 from precision_lab.runner.identity import run_id
 from precision_lab.runner.loading import Source, load
 from precision_lab.runner.results import Results, read
 from precision_lab.runner.rundir import FINISHED, BusyError, RunDir, run_dir
+from precision_lab.runner.store import ARMS
 from precision_lab.runner.yaml12 import dump
 from precision_lab.training.config import RunConfig
 
@@ -89,6 +90,7 @@ def run(
     out: str | os.PathLike[str] = "runs",
     presets: Sequence[str] = (),
     settings: Sequence[str] | Mapping[str, Any] = (),
+    axes: Sequence[str] | Mapping[str, Sequence[Any]] = (),
     arms: Sequence[str] = (),
     seeds: Sequence[int] = (),
     imports: Sequence[str] = (),
@@ -104,7 +106,7 @@ def run(
     Raises:
       ValueError: the experiment cannot run as it stands; nothing has been written.
     """
-    experiment = load(source, presets=presets, settings=settings, arms=arms, seeds=seeds, imports=imports)
+    experiment = load(source, presets=presets, settings=settings, axes=axes, arms=arms, seeds=seeds, imports=imports)
     planned = check(experiment, out)
     env = fingerprint()
     pending = [one for one in planned if one.run.status()["state"] not in FINISHED]
@@ -144,6 +146,12 @@ def _save_experiment(experiment: ExperimentConfig, out: Path) -> None:
     folder = out / experiment.id
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "experiment.yaml", dump(experiment.to_dict()))
+    trials = [
+        {"arm": arm, "seed": seed, "run_id": run_id(config)}
+        for arm, seeds in experiment.runs.items()
+        for seed, config in seeds.items()
+    ]
+    write_json(folder / ARMS, {"trials": trials})
 
 
 def _run_serially(

@@ -13,6 +13,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,7 @@ def run_id(config: BaseModel) -> str:
     return f"{slug('-'.join(part for part in parts if part), 72)}-{digest(config)}"
 
 
+@lru_cache(maxsize=4096)
 def policy_name(policy: str) -> str:
     """Returns the name of the preset that a policy's canonical string equals, else the string."""
     return next((name for name, preset in PRESETS.items() if str(preset.policy) == policy), policy)

@@ -8,7 +8,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from precision_lab.runner.axes import from_option, swept_by, values_tree, with_axis
 from precision_lab.runner.config import ExperimentConfig
+from precision_lab.runner.expansion import expand
 from precision_lab.runner.explain import LocatedError, validate
 from precision_lab.runner.resolve import BASE_KEYS, prune
 from precision_lab.runner.tree import Tree, from_file, from_python, from_setting, merge, suggestion
@@ -23,6 +25,7 @@ def load(
     *,
     presets: Sequence[str] = (),
     settings: Sequence[str] | Mapping[str, Any] = (),
+    axes: Sequence[str] | Mapping[str, Sequence[Any]] = (),
     arms: Sequence[str] = (),
     seeds: Sequence[int] = (),
     imports: Sequence[str] = (),
@@ -34,6 +37,8 @@ def load(
         the same keys, or an experiment.
       presets: names from the file's `presets`, merged over it in this order.
       settings: `key=value` texts as after `--set`, or a mapping from dotted key to value; merged last.
+      axes: `key=value,value` texts as after `--axis`, or a mapping from dotted key to values: each multiplies all
+        arms, as an entry of the file's `sweep` does, and takes the place of one over the same key.
       arms: keep only these, and with several of them the baseline.
       seeds: use these instead of the file's.
       imports: modules to import first, which register models or data of the user's own.
@@ -45,8 +50,8 @@ def load(
         import_module_of_user(module)
     path = None if isinstance(source, Mapping | ExperimentConfig) else find_config(source)
     if isinstance(source, ExperimentConfig):
-        if not (presets or settings or arms or seeds):
-            return source
+        if not (presets or settings or axes or arms or seeds):
+            return _not_too_many(source)
         source = source.to_dict()
     tree = from_file(path) if path else from_python(source)
     known = tree.data.get("presets") or {}
@@ -57,10 +62,35 @@ def load(
     texts = _setting_texts(settings)
     for text in texts:
         tree = _apply_setting(tree, text)
+    for key, values in _axis_values(axes):
+        tree = with_axis(tree, key, values)
     experiment = _validate(tree)
     if arms or seeds:
         experiment = experiment.select(arms=arms, seeds=seeds)
-    return experiment._with_words(_words(path, presets, texts, arms, seeds, imports))
+    return _not_too_many(experiment)._with_words(_words(path, presets, texts, axes, arms, seeds, imports))
+
+
+def _axis_values(axes: Sequence[str] | Mapping[str, Sequence[Any]]) -> list[tuple[str, Tree]]:
+    """Returns the key and the values of each axis: texts from the command line, a mapping from Python."""
+    if isinstance(axes, str):
+        raise TypeError(f"axes is a list of 'key=value,value' texts or a mapping, got the text {axes!r}.")
+    if isinstance(axes, Mapping):
+        return [(key, values_tree(key, values, "")) for key, values in axes.items()]
+    return [from_option(text) for text in axes]
+
+
+def _not_too_many(experiment: ExperimentConfig) -> ExperimentConfig:
+    """Returns the experiment.
+
+    Raises:
+      LocatedError: it has more runs than its `max_trials`.
+    """
+    limit = experiment.max_trials
+    if limit is not None and experiment.size() > limit:
+        size = f"{experiment.size()} runs ({len(experiment.arms)} arms, {len(experiment.seeds)} seeds)"
+        way_out = "raise it, exclude combinations, or choose some by --arm and --seeds"
+        raise LocatedError(f"{experiment.name}: {size}, and max_trials is {limit}; {way_out}.")
+    return experiment
 
 
 def import_module_of_user(name: str) -> None:
@@ -111,7 +141,7 @@ def _nearest_experiment(target: str) -> str:
 
 def _validate(tree: Tree) -> ExperimentConfig:
     """Returns the experiment that a whole tree describes."""
-    tree = prune(tree)
+    tree = prune(expand(tree))
     base = {key: value for key, value in tree.data.items() if key in BASE_KEYS}
     rest = Tree({key: value for key, value in tree.data.items() if key not in BASE_KEYS}, tree.places)
     if "base" in rest.data:
@@ -177,6 +207,8 @@ def _refuse_without_effect(tree: Tree, keys: Keys) -> None:
     if keys[:1] == ("arms",) and len(keys) > 1 and keys[1] not in arms:
         text = suggestion(str(keys[1]), arms, what="arms")
         raise LocatedError(f"--set {name}: no arm {keys[1]!r}{text}")
+    if axis := swept_by(tree, name):
+        raise LocatedError(f"--set {name} would change nothing: the axis {axis!r} sets it; use --axis {name}=...")
     if next(iter(keys)) in BASE_KEYS and arms and all(_sets(arm, keys) for arm in arms.values()):
         first = next(iter(arms))
         raise LocatedError(f"--set {name} would change nothing: every arm sets it; use --set arms.{first}.{name}=...")
@@ -197,17 +229,19 @@ def _words(
     path: Path | None,
     presets: Sequence[str],
     settings: Sequence[str | tuple[str, Any]],
+    axes: Sequence[str] | Mapping[str, Sequence[Any]],
     arms: Sequence[str],
     seeds: Sequence[int],
     imports: Sequence[str],
 ) -> tuple[str, ...]:
     """Returns what to write after `precision-lab run`, empty for what only Python knows."""
-    if path is None or any(not isinstance(setting, str) for setting in settings):
+    if path is None or isinstance(axes, Mapping) or any(not isinstance(setting, str) for setting in settings):
         return ()
     target = path.parent if path.name == "config.yaml" else path
     words = [shlex.quote(str(target))]
     words += [word for module in imports for word in ("--import", module)]
     words += [word for name in presets for word in ("--preset", name)]
     words += [word for text in settings for word in ("--set", shlex.quote(str(text)))]
+    words += [word for text in axes for word in ("--axis", shlex.quote(text))]
     words += [word for seed in seeds for word in ("--seed", str(seed))]
     return (*words, *(word for arm in arms for word in ("--arm", shlex.quote(arm))))

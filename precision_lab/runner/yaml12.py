@@ -64,6 +64,12 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (PyYAML's own attribute)
 
 
+class _QuickLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """As `_Loader`, through libyaml where PyYAML was built with it: ten times as fast, its messages less exact."""
+
+    yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (PyYAML's own attribute)
+
+
 class _Dumper(yaml.SafeDumper):
     """Quotes exactly those strings that `scalar` would read as something else."""
 
@@ -117,6 +123,19 @@ def parse(text: str, source: str) -> tuple[Any, dict[Keys, Place]]:
     return value, places
 
 
+def parse_quickly(text: str) -> Any:
+    """Returns the value of a YAML document that `dump` wrote, as `parse` does.
+
+    Raises:
+      ValueError: not YAML that `dump` writes.
+    """
+    try:
+        node = yaml.compose(text, Loader=_QuickLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"not valid YAML: {error}") from None
+    return None if node is None else _read(node, (), "", {}, ())
+
+
 def parse_file(path: Path) -> tuple[Any, dict[Keys, Place]]:
     """Returns the value and the places of a UTF-8 YAML file."""
     try:
@@ -144,7 +163,7 @@ def _read(node: yaml.Node, at: Keys, source: str, places: dict[Keys, Place], ins
 
 def _is_plain(node: yaml.Node) -> bool:
     """Returns whether a scalar stands without quotes and is no block of text."""
-    return isinstance(node, yaml.ScalarNode) and node.style is None
+    return isinstance(node, yaml.ScalarNode) and not node.style
 
 
 def _read_mapping(

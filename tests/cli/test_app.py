@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from precision_lab.cli import main
-from precision_lab.cli.experiments import parse_seeds
+from precision_lab.runner.axes import parse_seeds
 from precision_lab.runner.yaml12 import dump
 from tests.runner.fakes import EXPERIMENT
 
@@ -94,6 +94,7 @@ BAD_INPUT = [
     (("run", "toy.yaml", "--seeds", "1,4..0"), "the range '4..0' runs backwards; write 0..4"),
     (("run", "toy.yaml", "--import", "no_such_module"), "no module 'no_such_module'"),
     (("check", "toy.yaml", "--set", "train.steps=0"), "train.steps: input should be greater than or equal to 1, got 0"),
+    (("run", "toy.yaml", "--axis", "optim.lrr=1"), "--axis: optim.lrr[0]: unknown key; did you mean 'lr'?"),
     (("run", "toy.yaml", "--seed=-1"), "seeds[0]: input should be greater than or equal to 0, got -1."),
     (("run", "toy.yaml", "--seeds", "1,1"), "seeds[1]: seed 1 is listed twice"),
     (("report", "toy.yaml"), "nothing of toy has run in runs"),
@@ -188,9 +189,22 @@ def test_check_counts_and_writes_nothing(cli, tmp_path):
     code, out, _ = cli("check", "toy.yaml")
 
     assert code == 0
-    assert "9 runs, 0 of them finished" in out
+    assert "3 arms, 3 seeds, 9 runs, 0 of them finished" in out
     assert "policy=" in out
     assert files(tmp_path) == ["toy.yaml"]
+
+
+def test_a_dry_run_counts_bytes_and_axes_and_runs_nothing(cli, training, tmp_path):
+    code, out, _ = cli("run", "toy.yaml", "--axis", "optim.lr=0.1,0.2", "--dry-run")
+    counted = json.loads(cli("run", "toy.yaml", "--axis", "optim.lr=0.1,0.2", "--dry-run", "--json")[1])
+
+    parameters = 64 * 4 + 4 + 4 * 10 + 10  # of the toy's network; plain SGD keeps nothing else but counters
+    assert (code, training.trained, files(tmp_path)) == (0, [], ["toy.yaml"])
+    assert "axis lr: 0.1, 0.2" in out
+    assert "6 arms, 3 seeds, 18 runs, 0 of them finished" in out
+    assert (counted["runs"], counted["axes"]["lr"]) == (18, [0.1, 0.2])
+    assert 4 * parameters <= counted["state_bytes"] < 4 * parameters + 64
+    assert counted["disk_bytes"] > 18 * counted["state_bytes"]
 
 
 def test_ls_and_show_tell_what_became_of_a_run(cli, training):
