@@ -236,6 +236,11 @@ class RunConfig(FrozenConfig):
             raise located_error(("optim", "schedule", "warmup"), message, schedule.warmup)
         return self
 
+    @property
+    def total_steps(self) -> int:
+        """How many steps progress is counted in."""
+        return self.train.steps
+
 
 def _check_task(run: RunConfig) -> None:
     """Raises if the model cannot learn the data."""
