@@ -204,7 +204,9 @@ class RunConfig(FrozenConfig):
       model, data, optim, train: see their classes.
       policy: number formats of the run, in `Policy`'s canonical string.
       master_weights: keep a float32 master of every parameter that the policy stores in 16 bits. Without it such
-        parameters are updated in place, rounding to nearest; the optimizer's own state is float32 either way.
+        parameters are updated in place, as `update` says; the optimizer's own state is float32 either way.
+      update: how 16-bit parameters without a master are updated: "nearest" rounds the sum of parameter and step to
+        nearest, "stochastic" at random, "kahan" keeps what is lost in a second 16-bit number.
       loss_scale: see `precision_lab.optim.loss_scaling`.
       seed: decides the initialisation and the order of the data, whatever the policy.
     """
@@ -215,6 +217,9 @@ class RunConfig(FrozenConfig):
     train: TrainConfig
     policy: str = "float32"
     master_weights: Bool = False
+    update: Annotated[Literal["nearest", "stochastic", "kahan"], Field(json_schema_extra={"legacy": "nearest"})] = (
+        "nearest"
+    )
     loss_scale: AnyLossScale = NoLossScaleConfig()
     seed: Annotated[Int, Field(ge=0, lt=2**32)] = 0
 
@@ -265,6 +270,15 @@ def _check_storage(run: RunConfig) -> None:
             "Drop master_weights, or store 16 bits: params=float16"
         )
         raise located_error(("master_weights",), message, True)
+    if run.update != "nearest" and (run.master_weights or params == "float32"):
+        why = (
+            "master_weights updates float32 masters" if run.master_weights else f"policy '{run.policy}' stores float32"
+        )
+        message = (
+            f"update: {run.update} is for 16-bit parameters without a master, but {why}. Drop update, or store 16 bits "
+            "without master_weights: params=bfloat16"
+        )
+        raise located_error(("update",), message, run.update)
 
 
 def _check_loss_shift(run: RunConfig) -> None:

@@ -91,7 +91,8 @@ def _build(config: RunConfig, spec: DataSpec) -> Program:
 
     def init(seed: int, numbers: Hyper) -> TrainState:
         # Two programs: that of `fresh` is the same whatever the policy, so that paired runs start from equal bits.
-        return start(*fresh(jnp.asarray(seed, jnp.uint32)), numbers)
+        root = jnp.asarray(seed, jnp.uint32)
+        return start(*fresh(root), numbers, root)
 
     numbers = hyper(config)
     return Program(
@@ -124,13 +125,18 @@ def _take_apart(model: nnx.Module) -> tuple[Any, Any]:
     return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
 
 
-def _start(config: RunConfig, policy: Policy, params: Any, model_state: Any, numbers: Hyper) -> TrainState:
+def _start(
+    config: RunConfig, policy: Policy, params: Any, model_state: Any, numbers: Hyper, seed: jax.Array
+) -> TrainState:
     """Returns the state before the first step."""
+    stored = policy.cast_to_param(params)
+    # Masters start from the originals; what is updated in place, and what it has lost, has the dtype it is stored in.
+    given = params if config.master_weights else stored
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=policy.cast_to_param(params),
+        params=stored,
         model_state=model_state,
-        opt_state=build_optimizer(config, numbers).init(params),
+        opt_state=build_optimizer(config, numbers, seed).init(given),
         first_nonfinite=jnp.full((), NEVER, jnp.int32),
     )
 

@@ -1,5 +1,7 @@
 """Run configs: one canonical form, errors at the field, nothing that could not be honoured."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,7 +25,7 @@ def errors(**changes):
         ({"optim": {"kind": "sgd", "lr": False}}, ("optim", "lr"), "valid number"),
         ({"optim": {"kind": "sgd", "lr": "1e-3"}}, ("optim", "lr"), "valid number"),
         ({"optim": {"kind": "sgd", "lr": float("nan")}}, ("optim", "lr"), "finite"),
-        ({"optim": {"kind": "sdg", "lr": 1.0}}, ("optim", "kind"), "Did you mean 'sgd'?"),
+        ({"optim": {"kind": "sdg", "lr": 1.0}}, ("optim", "kind"), "Did you mean 'sgd'"),
         ({"optim": {"kind": "sgd", "lr": 1.0, "nesterov": True}}, ("optim", "nesterov"), "needs momentum"),
         ({"optim": {"kind": "adam", "lr": 1.0, "b1": 1.0}}, ("optim", "b1"), "less than 1"),
         ({"optim": {"kind": "sgd", "lr": 1.0, "schedule": {"kind": "cos"}}}, ("optim", "schedule", "kind"), "'cosine'"),
@@ -39,6 +41,13 @@ def errors(**changes):
         ({"policy": "params=flaot32"}, ("policy",), "float32"),
         ({"policy": "params=float8_e5m2"}, ("policy",), "training can store float32, bfloat16, float16"),
         ({"master_weights": True}, ("master_weights",), "needs 16-bit parameters"),
+        ({"update": "kahan"}, ("update",), "policy 'params=float32"),
+        (
+            {"update": "stochastic", "policy": "bfloat16_pure", "master_weights": True},
+            ("update",),
+            "master_weights updates float32 masters.*Drop update",
+        ),
+        ({"update": "random", "policy": "bfloat16_pure"}, ("update",), "'nearest', 'stochastic' or 'kahan'"),
         ({"data": {"kind": "tinyshakespeare"}}, ("model", "kind"), "is for classification data"),
     ],
 )
@@ -46,7 +55,7 @@ def test_a_wrong_field_is_located(changes, where, what):
     [(loc, message)] = errors(**changes)
 
     assert loc == where
-    assert what in message
+    assert re.search(what, message)
 
 
 def test_a_warmup_must_be_shorter_than_the_run():
