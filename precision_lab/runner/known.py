@@ -11,4 +11,7 @@ def metric_names(run: AnyRun) -> set[str]:
     if isinstance(run, ProbeRun):
         return {f"probe/{name}" for name in run.probe.measures}
     evaluated = {f"{split}/{name}" for split in ("eval", "eval_train") for name in _EVAL}
-    return evaluated | {f"train/{name}" for name in _TRAIN}
+    trained = {f"train/{name}" for name in _TRAIN}
+    if run.optim.has_low_bit_second_moments:
+        trained.add("train/zero_second_moment_fraction")
+    return evaluated | trained

@@ -33,6 +33,7 @@ from precision_lab.models.fields import (
 )
 from precision_lab.models.registry import Registry
 from precision_lab.policy import Policy
+from precision_lab.quant import Quantizer, quantizer
 
 _STORABLE = ("float32", "bfloat16", "float16")
 
@@ -72,11 +73,32 @@ class WarmupCosineSchedule(ScheduleConfig):
 
 
 class OptimConfig(_Tagged):
-    """Base of the optimizers. `clip_norm` clips the unscaled gradient's global norm in float32."""
+    """Base of the optimizers.
+
+    Attributes:
+      lr: peak learning rate.
+      clip_norm: clips the unscaled gradient's global norm in float32; None does not.
+      schedule: factor on `lr`.
+      state: quantizer that moments of 4096 values or more are stored by, such as "dynamic8@group2048"; None keeps them
+        in float32. See `optim.low_bit_state`.
+    """
 
     lr: PositiveFloat
     clip_norm: PositiveFloat | None = None
     schedule: "AnySchedule" = ConstantSchedule()
+    state: Annotated[str | None, Field(json_schema_extra={"legacy": None})] = None
+
+    @field_validator("state", mode="before")
+    @classmethod
+    def _canonical_state(cls, value: Any) -> str | None:
+        if value is not None and not isinstance(value, str | Quantizer):
+            raise ValueError(f"expected a quantizer such as dynamic8@group2048, got {value!r}")
+        return None if value is None else str(quantizer(value))
+
+    @property
+    def has_low_bit_second_moments(self) -> bool:
+        """Whether squares of gradients are stored in few bits, so that it is worth counting how many became zero."""
+        return self.state is not None and "b2" in type(self).model_fields
 
 
 class SGDConfig(OptimConfig):
@@ -92,6 +114,13 @@ class SGDConfig(OptimConfig):
         if self.nesterov and self.momentum == 0:
             message = "nesterov needs momentum: set momentum (such as 0.9) or drop nesterov"
             raise located_error(("nesterov",), message, self.nesterov)
+        return self
+
+    @model_validator(mode="after")
+    def _state_needs_momentum(self) -> "SGDConfig":
+        if self.state is not None and self.momentum == 0:
+            message = "sgd without momentum has no state to quantize: set momentum (such as 0.9) or drop state"
+            raise located_error(("state",), message, self.state)
         return self
 
 

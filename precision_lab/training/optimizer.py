@@ -13,6 +13,7 @@ from precision_lab.optim import (
     StaticLossScale,
     kahan,
     loss_scaling,
+    low_bit_state,
     master_weights,
     nearest_rounding,
     stochastic_rounding,
@@ -58,7 +59,8 @@ def build_optimizer(config: RunConfig, numbers: Hyper, seed: Any = 0) -> optax.G
     """Returns the optimizer that `config` describes.
 
     Parameters that the policy stores in 16 bits have float32 masters, or are updated in place; the optimizer's own
-    state is float32 either way. With masters, `init` takes the parameters in float32, not yet cast; else as stored.
+    state is float32 either way, unless `optim.state` quantizes it. With masters, `init` takes the parameters in
+    float32, not yet cast; else as stored.
 
     Args:
       config: the run; its own seed does not count.
@@ -66,6 +68,8 @@ def build_optimizer(config: RunConfig, numbers: Hyper, seed: Any = 0) -> optax.G
       seed: of the run. Only `init` needs it: what follows from it is in the state.
     """
     inner = _inner(config.optim, _learning_rate(config, numbers), numbers)
+    if config.optim.state is not None:
+        inner = low_bit_state(inner, config.optim.state)
     if config.optim.clip_norm is not None:
         inner = optax.chain(optax.clip_by_global_norm(config.optim.clip_norm), inner)
     params = Policy.parse(config.policy).params

@@ -16,7 +16,14 @@ from flax import nnx
 from precision_lab import models
 from precision_lab.models import DataSpec, ModelConfig
 from precision_lab.nn import apply_policy
-from precision_lab.optim import current_loss_scale, scale_loss, skipped_steps, step_was_applied, sync
+from precision_lab.optim import (
+    current_loss_scale,
+    scale_loss,
+    skipped_steps,
+    step_was_applied,
+    sync,
+    zero_second_moment_fraction,
+)
 from precision_lab.policy import Policy
 from precision_lab.training.config import ConstantSchedule, RunConfig, TrainConfig
 from precision_lab.training.optimizer import Hyper, build_optimizer, hyper
@@ -166,7 +173,10 @@ def _step(
         opt_state=opt_state,
         first_nonfinite=_first_nonfinite(state, applied & ~jnp.isfinite(loss)),
     )
-    return after, _metrics(state, after, grads, loss, numbers)
+    measured = _metrics(state, after, grads, loss, numbers)
+    if config.optim.has_low_bit_second_moments:
+        measured["zero_second_moment_fraction"] = zero_second_moment_fraction(opt_state)
+    return after, measured
 
 
 def _metrics(

@@ -41,6 +41,13 @@ def errors(**changes):
         ({"policy": "params=flaot32"}, ("policy",), "float32"),
         ({"policy": "params=float8_e5m2"}, ("policy",), "training can store float32, bfloat16, float16"),
         ({"master_weights": True}, ("master_weights",), "needs 16-bit parameters"),
+        (
+            {"optim": {"kind": "sgd", "lr": 1.0, "state": "int8"}},
+            ("optim", "state"),
+            "sgd without momentum has no state",
+        ),
+        ({"optim": {"kind": "adam", "lr": 1.0, "state": "int88"}}, ("optim", "state"), "unknown format 'int88'"),
+        ({"optim": {"kind": "adam", "lr": 1.0, "state": 8}}, ("optim", "state"), "expected a quantizer such as"),
         ({"update": "kahan"}, ("update",), "policy 'params=float32"),
         (
             {"update": "stochastic", "policy": "bfloat16_pure", "master_weights": True},
@@ -86,6 +93,12 @@ def test_a_loss_shift_towards_subnormal_gradients_is_refused(shift):
     [(loc, _)] = errors(train={"steps": 5, "loss_shift": shift})
 
     assert loc == ("train", "loss_shift")
+
+
+def test_a_state_is_kept_in_canonical_form():
+    optim = {"kind": "adam", "lr": 1.0, "state": "int8@per_tensor"}
+
+    assert config(optim=optim).optim.state == config(optim={**optim, "state": "INT8"}).optim.state == "int8"
 
 
 def test_a_policy_is_kept_in_canonical_form():

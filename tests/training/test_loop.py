@@ -92,11 +92,21 @@ def test_on_step_sees_every_step_and_the_latest_loss():
 
 
 MASTER = {"master_weights": True}
+LOW_BIT = {
+    "model": {"kind": "mlp", "hidden": [64]},
+    "optim": {"kind": "adam", "lr": 1e-3, "state": "dynamic8@group256"},
+    "master_weights": True,
+}
 
 
 @pytest.mark.parametrize(
     ("stop", "how"),
-    [*((stop, MASTER) for stop in (1, 7, 8, 14, 19)), (8, {"update": "stochastic"}), (8, {"update": "kahan"})],
+    [
+        *((stop, MASTER) for stop in (1, 7, 8, 14, 19)),
+        (8, {"update": "stochastic"}),
+        (8, {"update": "kahan"}),
+        (8, LOW_BIT),
+    ],
 )
 def test_an_interrupted_run_ends_like_one_that_was_not(tmp_path, stop, how):
     changes = {

@@ -75,6 +75,8 @@ def test_truncation_is_biased_towards_zero_and_nearest_swamps():
         ({"accum": "float64"}, "float64 is what errors are measured against"),
         ({"accum": "bfloat16@chunk64"}, "'@chunk64' is none of"),
         ({"inputs": "float32"}, "up to 11 mantissa bits"),
+        ({"accum": 5}, "expected an accumulator such as"),
+        ({"inputs": 5}, "expected a float format"),
         ({"inputs": "int8"}, "expected a float format"),
         ({"length": 0}, "greater than or equal to 1"),
         ({"distribution": "cauchy"}, "zero_mean"),

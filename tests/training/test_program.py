@@ -210,6 +210,23 @@ def test_random_rounding_follows_the_seed_of_the_run_and_has_a_stream_of_its_own
     assert (key != np.asarray(jax.random.key_data(jax.random.key(1)))).any()
 
 
+def test_zero_second_moments_are_counted_where_they_are_stored_in_few_bits():
+    """A linear code of 8 bits loses what is below 1/510 of the largest square; most gradients are."""
+    model, optim = {"kind": "mlp", "hidden": [64]}, {"kind": "adam", "lr": 1e-3}
+    shares = {}
+    for state in ("int8@tensor", "dynamic8@tensor", "float32"):
+        program, start, batches, numbers = prepared(model=model, optim={**optim, "state": state})
+        _, metrics = program.step(start, batches[0], numbers)
+        shares[state] = float(metrics["zero_second_moment_fraction"])
+    program, start, batches, numbers = prepared(model=model, optim=optim)
+    plain = program.step.eval_shape(start, batches[0], numbers)[1]
+
+    # Pixels that are always black have gradients of zero in every format.
+    assert shares["int8@tensor"] > shares["dynamic8@tensor"] + 0.2
+    assert shares["dynamic8@tensor"] == pytest.approx(shares["float32"], abs=0.02)
+    assert "zero_second_moment_fraction" not in plain
+
+
 def test_a_skipped_step_changes_neither_parameters_nor_batch_statistics():
     model = {"kind": "convnet", "channels": [4], "norm": "batch"}
     scale = {"kind": "dynamic", "init": 2.0**40, "max": 2.0**40}

@@ -41,6 +41,8 @@ class DotProductConfig(ProbeConfig):
     @field_validator("accum", mode="before")
     @classmethod
     def _canonical_accum(cls, value: Any) -> str:
+        if not isinstance(value, str | Accumulator):
+            raise ValueError(f"expected an accumulator such as bfloat16@promote64, got {value!r}")
         accum = Accumulator.parse(value)
         if accum.format.name == "float64":
             raise ValueError("float64 is what errors are measured against; choose a narrower accumulator")
@@ -49,7 +51,7 @@ class DotProductConfig(ProbeConfig):
     @field_validator("inputs", mode="before")
     @classmethod
     def _canonical_inputs(cls, value: Any) -> str:
-        fmt = formats.format(value)
+        fmt = formats.format(value) if isinstance(value, str | formats.Format) else None
         if not isinstance(fmt, formats.Format) or fmt.kind != "float" or fmt.mantissa_bits > _EXACT_MANTISSA_BITS:
             raise ValueError(
                 f"expected a float format of up to {_EXACT_MANTISSA_BITS} mantissa bits, whose products float32 holds "
