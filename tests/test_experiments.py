@@ -12,7 +12,10 @@ from precision_lab.models import config as models_config
 from precision_lab.runner import claims
 from precision_lab.runner.config import ExperimentConfig
 from precision_lab.runner.known import metric_names
+from precision_lab.training import ProbeRun
 from precision_lab.training import config as training_config
+from precision_lab.training.probes import PROBES
+from precision_lab.training.probes import config as probes_config
 
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
 CONFIGS = sorted(FOLDER.glob("*/config.yaml"))
@@ -38,7 +41,7 @@ def test_every_shipped_experiment_and_all_its_presets_are_valid(path):
 def test_the_page_names_every_key_every_kind_and_every_metric():
     known = names_in_code(PAGE)
     fields = set(ExperimentConfig.written_keys())
-    for module in (models_config, data_config, training_config, claims):
+    for module in (models_config, data_config, training_config, probes_config, claims):
         for cls in vars(module).values():
             if isinstance(cls, type) and cls.__module__ == module.__name__ and hasattr(cls, "model_fields"):
                 fields |= set(cls.model_fields) - {"seed"}
@@ -46,7 +49,8 @@ def test_the_page_names_every_key_every_kind_and_every_metric():
                 fields |= {kind.default} if kind is not None and not kind.is_required() else set()
     example = runner.load(FOLDER / "mixed_precision")
     run = next(iter(example.runs["float32"].values()))
-    fields |= {part for name in metric_names(run) for part in name.split("/")}
+    probes = [ProbeRun.model_validate({"probe": {"kind": kind}}) for kind in PROBES.kinds() if "test" not in kind]
+    fields |= {part for one in (run, *probes) for name in metric_names(one) for part in name.split("/")}
 
     assert sorted(fields - known - {"arms", "claims", "seeds"}) == []
 

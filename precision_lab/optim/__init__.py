@@ -9,6 +9,13 @@ from precision_lab.optim.access import (
     step_was_applied,
 )
 from precision_lab.optim.carrying import apply_updates
+from precision_lab.optim.low_bit_state import (
+    LowBitMoment,
+    LowBitState,
+    low_bit_state,
+    second_moments,
+    zero_second_moment_fraction,
+)
 from precision_lab.optim.masters import MasterWeightsState, full_precision, master_weights, sync
 from precision_lab.optim.rounding import (
     KahanState,
@@ -27,6 +34,8 @@ __all__ = [
     "DynamicLossScale",
     "KahanState",
     "LossScaleState",
+    "LowBitMoment",
+    "LowBitState",
     "MasterWeightsState",
     "NoLossScale",
     "StaticLossScale",
@@ -39,15 +48,18 @@ __all__ = [
     "glorot_scaling",
     "kahan",
     "loss_scaling",
+    "low_bit_state",
     "master_weights",
     "nearest_rounding",
     "no_usable_scale",
     "require_usable_scale",
     "scale_loss",
+    "second_moments",
     "skipped_steps",
     "step_was_applied",
     "stochastic_rounding",
     "sync",
     "value_and_scaled_grad",
     "weight_clipping",
+    "zero_second_moment_fraction",
 ]

@@ -30,11 +30,13 @@ class StochasticRoundingState(NamedTuple):
     """State of `stochastic_rounding`.
 
     Attributes:
-      key: randomness of the steps to come.
+      key: randomness of all steps.
+      count: int32, applied steps; with the key it gives the randomness of the next one.
       inner: state of the inner transformation.
     """
 
     key: jax.Array
+    count: jax.Array
     inner: Any
 
 
@@ -92,9 +94,9 @@ def stochastic_rounding(inner: Any, key: jax.Array) -> optax.GradientTransformat
     within an ulp of the largest value may become infinite. The update carries the result as in `master_weights`, so
     nothing may come after this in a chain.
 
-    The key is split at every applied step and once more for every leaf: leaves and steps are independent, equal keys
-    give equal bits, and replicas that hold the same state round alike. Members of a vmapped ensemble, and shards of
-    a parameter inside `shard_map`, share the random bits unless their states are given keys of their own.
+    The key is folded with the number of applied steps and split over the leaves: leaves and steps are independent,
+    equal keys give equal bits, and replicas that hold the same state round alike. Members of a vmapped ensemble, and
+    shards of a parameter inside `shard_map`, share the random bits unless their states are given keys of their own.
 
     Args:
       inner: optax transformation.
@@ -113,15 +115,16 @@ def stochastic_rounding(inner: Any, key: jax.Array) -> optax.GradientTransformat
 
     def init(params: Any) -> StochasticRoundingState:
         # A copy, so that donating the state leaves the caller's key alone.
-        return StochasticRoundingState(jnp.copy(key), _inner_state(inner, params, "stochastic_rounding"))
+        inner_state = _inner_state(inner, params, "stochastic_rounding")
+        return StochasticRoundingState(jnp.copy(key), jnp.zeros((), jnp.int32), inner_state)
 
     def update(updates: Any, state: StochasticRoundingState, params: Any = None, **extra_args: Any) -> Any:
         _require_params(params, "stochastic_rounding")
         steps, inner_state = _wide_update(inner, updates, state.inner, params, extra_args)
-        next_key, step_key = jax.random.split(state.key)
-        after = jax.tree.map(_stochastic, params, steps, _keys(step_key, params))
+        keys = _keys(jax.random.fold_in(state.key, state.count), params)
+        after = jax.tree.map(_stochastic, params, steps, keys)
         carried = jax.tree.map(_carried, params, after, steps)
-        return fill_hidden(carried, updates), StochasticRoundingState(next_key, inner_state)
+        return fill_hidden(carried, updates), StochasticRoundingState(state.key, state.count + 1, inner_state)
 
     return transformation(init, update)
 

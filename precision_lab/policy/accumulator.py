@@ -3,6 +3,8 @@
 float16                   one product after the other is added, and every sum rounded to float16
 float16@step4             four products are summed in float32 before they are added
 e8m13@step32@promote128   a 14-bit accumulator that is added to a float32 total after every 128 products
+e8m13@step32@toward_zero  a 14-bit accumulator that drops what does not fit, as Hopper's tensor cores do
+bfloat16@stochastic       every sum is rounded to one of its two neighbours at random, right on average
 float32                   the native accumulator: the order is the device's
 """
 
@@ -21,6 +23,7 @@ from precision_lab.formats.params import make_params
 NATIVE = frozenset(("float32", "float64"))
 _FLOAT32 = formats.format("float32")
 _OPTION = re.compile(r"(step|promote)(\d+)")
+ROUNDINGS = ("nearest_even", "toward_zero", "stochastic")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -29,39 +32,47 @@ class Accumulator:
 
     The contracted axis is cut into runs of `step` elements, the last one perhaps shorter. The products of a run are
     summed in float32, as the adder tree of a matrix unit does; that sum is added to the accumulator in float32; and
-    what results is rounded to `format`, to nearest even, overflowing as the format's specification says (float16 to
-    infinity, float8_e4m3fn to NaN, float4_e2m1fn to its largest value). After every `promote` elements the accumulator
-    is added to a float32 total and starts again at zero.
+    what results is rounded to `format`, to nearest even unless `rounding` is another, overflowing as the format's
+    specification says (float16 to infinity, float8_e4m3fn to NaN, float4_e2m1fn to its largest value). After every
+    `promote` elements the accumulator is added to a float32 total and starts again at zero.
 
     Attributes:
       format: what the accumulator is rounded to; a float that float32 holds exactly, or float64.
       step: elements of a run.
       promote: elements after which the accumulator is promoted, a multiple of `step`; None for never.
+      rounding: one of `ROUNDINGS`. The random bits of "stochastic" come from the operands: equal operands give equal
+        sums, and others are rounded independently of them.
 
     Source: DeepSeek-AI, "DeepSeek-V3 Technical Report", 2024, arXiv:2412.19437, section 3.3.2: FP8 products on Hopper
       accumulate in about 14 bits and are promoted to float32 every 128 elements. Its section 3.5.2 has Hopper align
-      32 products and truncate them to these bits; here they are summed in float32 and rounded to nearest.
+      32 products and truncate them to these bits; here they are summed in float32 first, and `@toward_zero` truncates.
     """
 
     format: Format
     step: int = 1
     promote: int | None = None
+    rounding: str = "nearest_even"
 
     def __post_init__(self) -> None:
         _require_accumulable(self.format)
+        if self.rounding not in ROUNDINGS:
+            raise ValueError(f"accumulator rounding must be one of {', '.join(ROUNDINGS)}, got {self.rounding!r}.")
         _require_count("step", self.step)
         if self.promote is not None:
             _require_count("promote", self.promote)
             _require_whole_runs(self.step, self.promote)
-        if self.format.name == "float64" and (self.step, self.promote) != (1, None):
-            raise ValueError("accumulator float64 is native only: it takes no @step and no @promote.")
+        if self.format.name == "float64" and not self.is_native:
+            raise ValueError("accumulator float64 is native only: it takes no @step, no @promote and no rounding.")
+        if self.format.name == "float32" and self.rounding != "nearest_even":
+            raise ValueError(f"accumulator float32 sums in float32, which rounds to nearest: @{self.rounding} is moot.")
 
     @classmethod
     def parse(cls, spec: Any) -> Accumulator:
         """Returns the accumulator that `spec` describes.
 
         Args:
-          spec: an Accumulator; a format or dtype; or a format's name, perhaps followed by `@stepN` and `@promoteN`.
+          spec: an Accumulator; a format or dtype; or a format's name, perhaps followed by `@stepN`, `@promoteN` and a
+            rounding.
 
         Raises:
           ValueError: an unknown format, one that nothing can accumulate in, or an unknown or repeated option.
@@ -72,19 +83,19 @@ class Accumulator:
         if not isinstance(spec, str):
             return cls(formats.format(spec))
         name, *options = (part.strip() for part in spec.split("@"))
-        counts: dict[str, int] = {}
+        given: dict[str, Any] = {}
         for option in options:
-            match = _OPTION.fullmatch(option.lower())
-            if not match or match[1] in counts:
-                what = "is given twice" if match else "is none of @stepN and @promoteN, as in 'e8m13@step32@promote128'"
-                raise ValueError(f"accumulator '{spec}': '@{option}' {what}.")
-            counts[match[1]] = int(match[2])
-        return cls(_named(name, spec), **counts)
+            key, value = _read_option(option, spec)
+            if key in given:
+                raise ValueError(f"accumulator '{spec}': '@{option}' is given twice.")
+            given[key] = value
+        return cls(_named(name, spec), **given)
 
     @property
     def is_native(self) -> bool:
         """Returns whether the device's own product is meant, which sums in this format in an order of its own."""
-        return self.format.name in NATIVE and self.step == 1 and self.promote is None
+        options = (self.step, self.promote, self.rounding)
+        return self.format.name in NATIVE and options == (1, None, "nearest_even")
 
     @property
     def dtype(self) -> np.dtype:
@@ -93,10 +104,24 @@ class Accumulator:
 
     def __str__(self) -> str:
         step = f"@step{self.step}" if self.step != 1 else ""
-        return self.format.name + step + (f"@promote{self.promote}" if self.promote else "")
+        promote = f"@promote{self.promote}" if self.promote else ""
+        return self.format.name + step + promote + (f"@{self.rounding}" if self.rounding != "nearest_even" else "")
 
     def __repr__(self) -> str:
         return f"Accumulator.parse('{self}')"
+
+
+def _read_option(option: str, spec: str) -> tuple[str, Any]:
+    """Returns the attribute that an option of a string sets, and its value."""
+    if option.lower() in ROUNDINGS:
+        return "rounding", option.lower()
+    match = _OPTION.fullmatch(option.lower())
+    if not match:
+        raise ValueError(
+            f"accumulator '{spec}': '@{option}' is none of @stepN and @promoteN, as in 'e8m13@step32@promote128', "
+            f"and no rounding, which are {', '.join(ROUNDINGS)}."
+        )
+    return match[1], int(match[2])
 
 
 def _named(name: str, spec: str) -> Format:

@@ -21,6 +21,7 @@ from jax import lax
 
 from precision_lab.formats import FormatParams, round_to
 from precision_lab.policy.accumulator import Accumulator
+from precision_lab.rewrite.quantized import key_of, sum_of_bits
 
 
 def accumulated_matmul(
@@ -32,7 +33,7 @@ def accumulated_matmul(
       lhs, rhs: floating arrays of at most 32 bits, with at least two axes.
       accum: the accumulator. Its runs start at the first element of K; the last run and the last promotion may be
         shorter. A run that sums to zero leaves the accumulator as it is, so that zeros after the last element change
-        nothing, not even the sign of a zero.
+        nothing, not even the sign of a zero (where it rounds at random, they change what is drawn).
       traced: numbers of the accumulator's format in place of `accum.format`; they may be traced.
 
     Returns:
@@ -48,14 +49,16 @@ def accumulated_matmul(
     _require_operands(lhs, rhs, accum)
     lhs, rhs = lhs.astype(jnp.float32), rhs.astype(jnp.float32)
     fmt = accum.format if traced is None else traced
+    key = jax.random.fold_in(key_of(lhs), sum_of_bits(rhs)) if accum.rounding == "stochastic" else None
     # The empty product: zeros that vary over the axes of a mesh as the result will.
     zeros = _run(lhs[..., :0], rhs[..., :0, :])
 
-    def add_run(total: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
-        return round_to(_plus(total, _run(left, right)), fmt)
+    def add_run(total: jax.Array, first: Any, left: jax.Array, right: jax.Array) -> jax.Array:
+        drawn = None if key is None else jax.random.fold_in(key, first)
+        return round_to(_plus(total, _run(left, right)), fmt, rounding=accum.rounding, key=drawn)
 
-    def add_accumulator(total: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
-        return _plus(total, _fold(add_run, zeros, left, right, accum.step))
+    def add_accumulator(total: jax.Array, first: Any, left: jax.Array, right: jax.Array) -> jax.Array:
+        return _plus(total, _fold(add_run, zeros, left, right, accum.step, first))
 
     if accum.promote is None:
         return _fold(add_run, zeros, lhs, rhs, accum.step)
@@ -122,21 +125,23 @@ def _plus(total: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _fold(
-    combine: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    combine: Callable[[jax.Array, Any, jax.Array, jax.Array], jax.Array],
     start: jax.Array,
     lhs: jax.Array,
     rhs: jax.Array,
     size: int,
+    offset: Any = 0,
 ) -> jax.Array:
     """Folds `combine` over pieces of `size` elements of the contracted axis; what is left over is the last piece.
 
-    Pieces are sliced where they are, because copying the operands into pieces was no faster at any step.
+    `combine` is told where a piece begins, counted from `offset`. Pieces are sliced where they are, because copying
+    the operands into pieces was no faster at any step.
     """
     whole, rest = divmod(lhs.shape[-1], size)
 
     def with_piece(total: jax.Array, first: Any, size: int) -> jax.Array:
         left = lax.dynamic_slice_in_dim(lhs, first, size, lhs.ndim - 1)
-        return combine(total, left, lax.dynamic_slice_in_dim(rhs, first, size, rhs.ndim - 2))
+        return combine(total, offset + first, left, lax.dynamic_slice_in_dim(rhs, first, size, rhs.ndim - 2))
 
     if whole:
         start, _ = lax.scan(lambda total, i: (with_piece(total, i * size, size), None), start, jnp.arange(whole))

@@ -105,8 +105,16 @@ def key_for(x: jax.Array, quantizer: Quantizer) -> jax.Array | None:
     A policy has no place for a key that changes with every step, but arrays do change: the same array is rounded the
     same way each time, and another one independently of it.
     """
-    if quantizer.rounding != "stochastic":
-        return None
+    return key_of(x) if quantizer.rounding == "stochastic" else None
+
+
+def key_of(x: jax.Array) -> jax.Array:
+    """Returns a key made of the bits of a float32 array."""
+    return jax.random.key(sum_of_bits(x), impl="threefry2x32")
+
+
+def sum_of_bits(x: jax.Array) -> jax.Array:
+    """Returns a uint32 scalar that depends on every bit of a float32 array, and on where it stands."""
     words = jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(-1)
     words = hashed(words ^ jnp.arange(words.size, dtype=jnp.uint32) * GOLDEN)
-    return jax.random.key(jnp.sum(words, dtype=jnp.uint32), impl="threefry2x32")
+    return jnp.sum(words, dtype=jnp.uint32)

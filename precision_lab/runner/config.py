@@ -179,9 +179,9 @@ class ExperimentConfig(BaseModel):
     @property
     def columns(self) -> tuple[str, ...]:
         """The metrics that tables show."""
-        return self.metrics or tuple(
-            metric for metric in ("eval/loss", "eval/accuracy") if metric in self.known_metrics(self.arms)
-        )
+        known = self.known_metrics(self.arms)
+        usual = tuple(metric for metric in ("eval/loss", "eval/accuracy") if metric in known)
+        return self.metrics or usual or tuple(sorted(known))
 
     def locate(self, arm: str, key: str, message: str) -> str:
         """Returns a message with the place where an arm, or else the base, gives a key."""

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from precision_lab.training.config import RunConfig
+from precision_lab.training import AnyRun
 
 _PACKAGES = ("precision-lab", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml_dtypes", "numpy")
 _JAX_OPTIONS = {
@@ -86,12 +86,14 @@ def code_state() -> dict[str, Any]:
     return {"commit": commit.strip() if commit else None, "uncommitted": digest}
 
 
-def registered_code(config: RunConfig) -> dict[str, str]:
-    """Returns, by module, a hash of the source that registered a run's model or data, if it is not the package's."""
+def registered_code(config: AnyRun) -> dict[str, str]:
+    """Returns, by module, a hash of the source that registered a run's parts, if it is not the package's."""
     from precision_lab.data import DATASETS
     from precision_lab.models import MODELS
+    from precision_lab.training.probes import PROBES
 
-    parts: list[tuple[Any, Any]] = [(MODELS, config.model), (DATASETS, config.data)]
+    registries = {"model": MODELS, "data": DATASETS, "probe": PROBES}
+    parts = [(registry, getattr(config, key)) for key, registry in registries.items() if hasattr(config, key)]
     names = [getattr(one, "__module__", "") for registry, part in parts for one in (type(part), registry.builder(part))]
     files = {name: getattr(sys.modules.get(name), "__file__", None) for name in names if not _ours(name)}
     return {

@@ -24,7 +24,7 @@ from precision_lab.runner.results import Results, read
 from precision_lab.runner.rundir import FINISHED, BusyError, RunDir, run_dir
 from precision_lab.runner.store import ARMS
 from precision_lab.runner.yaml12 import dump
-from precision_lab.training.config import RunConfig
+from precision_lab.training import AnyRun, RunConfig
 
 
 class Progress(Protocol):
@@ -42,7 +42,7 @@ class Planned:
     """One run to be made: its directory, and the arms that it serves."""
 
     label: str
-    config: RunConfig
+    config: AnyRun
     run: RunDir
 
 
@@ -70,7 +70,7 @@ def check(experiment: ExperimentConfig, out: str | os.PathLike[str] = "runs") ->
     for one in planned:
         one.run.refuse_other(one.config)
     pending = {one.run.id: one.config for one in planned if one.run.status()["state"] not in FINISHED}
-    for data in dict.fromkeys(config.data for config in pending.values()):
+    for data in dict.fromkeys(config.data for config in pending.values() if isinstance(config, RunConfig)):
         load_data(data)
     for arm, seeds in experiment.runs.items():
         config = next((config for config in seeds.values() if run_id(config) in pending), None)
@@ -172,7 +172,7 @@ def _run_serially(
 
 def execute_trial(
     run: RunDir,
-    config: RunConfig,
+    config: AnyRun,
     *,
     env: Mapping[str, Any],
     progress: Progress,
@@ -194,7 +194,7 @@ def execute_trial(
         if state in FINISHED:  # Another process was faster.
             return state
         attempt = run.start({**env, **registered_code(config)})
-        progress.start_run(label, config.train.steps)
+        progress.start_run(label, config.total_steps)
         state = "interrupted"
         try:
             state = _train(run, config, attempt, progress)
@@ -209,7 +209,7 @@ def execute_trial(
     return state
 
 
-def _train(run: RunDir, config: RunConfig, attempt: int, progress: Progress) -> str:
+def _train(run: RunDir, config: AnyRun, attempt: int, progress: Progress) -> str:
     """Trains, keeps the record and the result, and returns `done` or `diverged`."""
     from precision_lab import training
 

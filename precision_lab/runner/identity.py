@@ -102,9 +102,9 @@ def run_id(config: BaseModel) -> str:
     The readable part is made of the model, the data, the policy and the seed, which are all part of the hash, so
     the same configuration has the same name in every experiment and under every arm.
     """
-    parts = [getattr(getattr(config, part, None), "kind", "") for part in ("model", "data")]
+    parts = [getattr(getattr(config, part, None), "kind", "") for part in ("model", "data", "probe")]
     policy = re.sub(r"\b\w+=", "", policy_name(getattr(config, "policy", "")))
-    parts += [slug(policy, 32), f"s{getattr(config, 'seed', 0)}"]
+    parts += [slug(policy, 32) if policy else "", f"s{getattr(config, 'seed', 0)}"]
     return f"{slug('-'.join(part for part in parts if part), 72)}-{digest(config)}"
 
 

@@ -18,7 +18,7 @@ from precision_lab.runner.metrics import Series, encode_number
 from precision_lab.runner.rundir import RunDir, run_dir
 from precision_lab.runner.stats import Mean, mean_interval
 from precision_lab.runner.summary import flat
-from precision_lab.training.config import RunConfig
+from precision_lab.training import AnyRun
 
 if TYPE_CHECKING:
     import pandas  # pyright: ignore[reportMissingImports]
@@ -40,7 +40,7 @@ class Trial:
 
     arm: str
     seed: int
-    config: RunConfig
+    config: AnyRun
     run_id: str
     path: Path
     state: str
@@ -147,7 +147,7 @@ class Results:
     def _unpaired(self, arms: Sequence[str]) -> list[str]:
         """Returns the dotted keys of model and data in which arms differ."""
         runs = [next(iter(self.experiment.runs[arm].values())) for arm in arms]
-        parts = [flat(semantic({"model": run.model, "data": run.data})) for run in runs]
+        parts = [flat(semantic({key: getattr(run, key, None) for key in ("model", "data")})) for run in runs]
         return sorted(key for key in set().union(*parts) if any(part.get(key) != parts[0].get(key) for part in parts))
 
     @cached_property
@@ -279,7 +279,7 @@ def read(experiment: ExperimentConfig, out: str | os.PathLike[str] = "runs") -> 
     return Results(experiment, trials, out)
 
 
-def _read_trial(arm: str, seed: int, config: RunConfig, run: RunDir) -> Trial:
+def _read_trial(arm: str, seed: int, config: AnyRun, run: RunDir) -> Trial:
     """Returns what one run directory holds."""
     run.refuse_other(config)
     status, summary, series = run.status(), run.summary(), run.series()

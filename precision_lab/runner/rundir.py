@@ -21,7 +21,7 @@ from precision_lab.runner.identity import plain, run_id
 from precision_lab.runner.metrics import JsonlSink, Series, decode_number, encode_number, read_rows, series
 from precision_lab.runner.resolve import validate_run
 from precision_lab.runner.yaml12 import dump, parse_file
-from precision_lab.training.config import RunConfig
+from precision_lab.training import AnyRun
 
 TRIALS = "trials"
 FINISHED = frozenset({"done", "diverged"})
@@ -51,7 +51,7 @@ class RunDir:
         """Returns whether a run was ever prepared here."""
         return (self.path / "config.yaml").exists()
 
-    def config(self) -> RunConfig:
+    def config(self) -> AnyRun:
         """Returns the configuration the run was made with.
 
         Raises:
@@ -116,7 +116,7 @@ class RunDir:
         except OSError:  # A results folder that may only be read: whoever runs there cannot be told from here.
             return False
 
-    def refuse_other(self, config: RunConfig) -> None:
+    def refuse_other(self, config: AnyRun) -> None:
         """Raises ValueError if the directory holds something else than a run of `config`; changes nothing."""
         if not self.path.exists():
             return
@@ -133,7 +133,7 @@ class RunDir:
             )
 
     @contextmanager
-    def claim(self, config: RunConfig, *, wait: bool) -> Iterator[None]:
+    def claim(self, config: AnyRun, *, wait: bool) -> Iterator[None]:
         """Holds the run for this process, and prepares the directory on first use.
 
         Raises:
@@ -183,12 +183,12 @@ class RunDir:
         write_json(self.path / "status.json", {**status, "unix_s": round(time.time(), 3)})
 
 
-def config_text(config: RunConfig) -> str:
+def config_text(config: AnyRun) -> str:
     """Returns the resolved configuration as YAML, defaults included."""
     return dump(plain(config))
 
 
-def run_dir(root: Path, config: RunConfig) -> RunDir:
+def run_dir(root: Path, config: AnyRun) -> RunDir:
     """Returns the directory of a run under the folder of all results."""
     return RunDir(Path(root) / TRIALS / run_id(config))
 

@@ -50,7 +50,7 @@ def defaults(model: BaseModel, prefix: str = "") -> set[str]:
 def _flat_run(run: BaseModel) -> dict[str, Any]:
     """Returns a run's configuration with dotted keys, its policy by name if it has one."""
     keys = flat(plain(run))
-    return {**keys, "policy": policy_name(keys["policy"])}
+    return {**keys, "policy": policy_name(keys["policy"])} if "policy" in keys else keys
 
 
 def flat(data: Any, prefix: str = "") -> dict[str, Any]:

@@ -33,6 +33,7 @@ from precision_lab.models.fields import (
 )
 from precision_lab.models.registry import Registry
 from precision_lab.policy import Policy
+from precision_lab.quant import Quantizer, quantizer
 
 _STORABLE = ("float32", "bfloat16", "float16")
 
@@ -72,11 +73,32 @@ class WarmupCosineSchedule(ScheduleConfig):
 
 
 class OptimConfig(_Tagged):
-    """Base of the optimizers. `clip_norm` clips the unscaled gradient's global norm in float32."""
+    """Base of the optimizers.
+
+    Attributes:
+      lr: peak learning rate.
+      clip_norm: clips the unscaled gradient's global norm in float32; None does not.
+      schedule: factor on `lr`.
+      state: quantizer that moments of 4096 values or more are stored by, such as "dynamic8@group2048"; None keeps them
+        in float32. See `optim.low_bit_state`.
+    """
 
     lr: PositiveFloat
     clip_norm: PositiveFloat | None = None
     schedule: "AnySchedule" = ConstantSchedule()
+    state: Annotated[str | None, Field(json_schema_extra={"legacy": None})] = None
+
+    @field_validator("state", mode="before")
+    @classmethod
+    def _canonical_state(cls, value: Any) -> str | None:
+        if value is not None and not isinstance(value, str | Quantizer):
+            raise ValueError(f"expected a quantizer such as dynamic8@group2048, got {value!r}")
+        return None if value is None else str(quantizer(value))
+
+    @property
+    def has_low_bit_second_moments(self) -> bool:
+        """Whether squares of gradients are stored in few bits, so that it is worth counting how many became zero."""
+        return self.state is not None and "b2" in type(self).model_fields
 
 
 class SGDConfig(OptimConfig):
@@ -92,6 +114,13 @@ class SGDConfig(OptimConfig):
         if self.nesterov and self.momentum == 0:
             message = "nesterov needs momentum: set momentum (such as 0.9) or drop nesterov"
             raise located_error(("nesterov",), message, self.nesterov)
+        return self
+
+    @model_validator(mode="after")
+    def _state_needs_momentum(self) -> "SGDConfig":
+        if self.state is not None and self.momentum == 0:
+            message = "sgd without momentum has no state to quantize: set momentum (such as 0.9) or drop state"
+            raise located_error(("state",), message, self.state)
         return self
 
 
@@ -204,7 +233,9 @@ class RunConfig(FrozenConfig):
       model, data, optim, train: see their classes.
       policy: number formats of the run, in `Policy`'s canonical string.
       master_weights: keep a float32 master of every parameter that the policy stores in 16 bits. Without it such
-        parameters are updated in place, rounding to nearest; the optimizer's own state is float32 either way.
+        parameters are updated in place, as `update` says; the optimizer's own state is float32 either way.
+      update: how 16-bit parameters without a master are updated: "nearest" rounds the sum of parameter and step to
+        nearest, "stochastic" at random, "kahan" keeps what is lost in a second 16-bit number.
       loss_scale: see `precision_lab.optim.loss_scaling`.
       seed: decides the initialisation and the order of the data, whatever the policy.
     """
@@ -215,6 +246,9 @@ class RunConfig(FrozenConfig):
     train: TrainConfig
     policy: str = "float32"
     master_weights: Bool = False
+    update: Annotated[Literal["nearest", "stochastic", "kahan"], Field(json_schema_extra={"legacy": "nearest"})] = (
+        "nearest"
+    )
     loss_scale: AnyLossScale = NoLossScaleConfig()
     seed: Annotated[Int, Field(ge=0, lt=2**32)] = 0
 
@@ -235,6 +269,11 @@ class RunConfig(FrozenConfig):
             message = f"warmup is {schedule.warmup}, train.steps only {self.train.steps}: use fewer steps of warm-up"
             raise located_error(("optim", "schedule", "warmup"), message, schedule.warmup)
         return self
+
+    @property
+    def total_steps(self) -> int:
+        """How many steps progress is counted in."""
+        return self.train.steps
 
 
 def _check_task(run: RunConfig) -> None:
@@ -260,6 +299,15 @@ def _check_storage(run: RunConfig) -> None:
             "Drop master_weights, or store 16 bits: params=float16"
         )
         raise located_error(("master_weights",), message, True)
+    if run.update != "nearest" and (run.master_weights or params == "float32"):
+        why = (
+            "master_weights updates float32 masters" if run.master_weights else f"policy '{run.policy}' stores float32"
+        )
+        message = (
+            f"update: {run.update} is for 16-bit parameters without a master, but {why}. Drop update, or store 16 bits "
+            "without master_weights: params=bfloat16"
+        )
+        raise located_error(("update",), message, run.update)
 
 
 def _check_loss_shift(run: RunConfig) -> None:

@@ -1,7 +1,7 @@
 """The optimizer of a run, as an optax transformation."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,12 @@ from precision_lab.optim import (
     DynamicLossScale,
     NoLossScale,
     StaticLossScale,
+    kahan,
     loss_scaling,
+    low_bit_state,
     master_weights,
     nearest_rounding,
+    stochastic_rounding,
 )
 from precision_lab.optim.scales import LossScale
 from precision_lab.policy import Policy
@@ -29,6 +32,8 @@ from precision_lab.training.config import (
     StaticLossScaleConfig,
     WarmupCosineSchedule,
 )
+
+_ROUNDING = 0x524E44  # the stream of random numbers that rounds parameters
 
 
 class Hyper(NamedTuple):
@@ -50,21 +55,37 @@ def hyper(config: RunConfig) -> Hyper:
     return Hyper(jnp.float32(config.optim.lr) * jnp.float32(2.0**shift), jnp.float32(2.0**-shift))
 
 
-def build_optimizer(config: RunConfig, numbers: Hyper) -> optax.GradientTransformationExtraArgs:
-    """Returns the optimizer that `config` describes; its `init` takes the parameters in float32, not yet cast.
+def build_optimizer(config: RunConfig, numbers: Hyper, seed: Any = 0) -> optax.GradientTransformationExtraArgs:
+    """Returns the optimizer that `config` describes.
 
     Parameters that the policy stores in 16 bits have float32 masters, or are updated in place; the optimizer's own
-    state is float32 either way.
+    state is float32 either way, unless `optim.state` quantizes it. With masters, `init` takes the parameters in
+    float32, not yet cast; else as stored.
+
+    Args:
+      config: the run; its own seed does not count.
+      numbers: what may be traced.
+      seed: of the run. Only `init` needs it: what follows from it is in the state.
     """
     inner = _inner(config.optim, _learning_rate(config, numbers), numbers)
+    if config.optim.state is not None:
+        inner = low_bit_state(inner, config.optim.state)
     if config.optim.clip_norm is not None:
         inner = optax.chain(optax.clip_by_global_norm(config.optim.clip_norm), inner)
     params = Policy.parse(config.policy).params
     if config.master_weights:
         inner = master_weights(inner, param_dtype=params.dtype)
     elif params.bits < 32:
-        inner = nearest_rounding(inner)
+        inner = _in_place(config.update, inner, seed)
     return loss_scaling(inner, _loss_scale(config.loss_scale))
+
+
+def _in_place(update: str, inner: Any, seed: Any) -> optax.GradientTransformationExtraArgs:
+    """Returns `inner` on parameters that are rounded as `update` says."""
+    if update == "stochastic":
+        # As words, which every checkpointer can save.
+        return stochastic_rounding(inner, jax.random.key_data(jax.random.fold_in(jax.random.key(seed), _ROUNDING)))
+    return kahan(inner) if update == "kahan" else nearest_rounding(inner)
 
 
 def _inner(optim: OptimConfig, lr: Callable, numbers: Hyper) -> optax.GradientTransformation:

@@ -16,7 +16,14 @@ from flax import nnx
 from precision_lab import models
 from precision_lab.models import DataSpec, ModelConfig
 from precision_lab.nn import apply_policy
-from precision_lab.optim import current_loss_scale, scale_loss, skipped_steps, step_was_applied, sync
+from precision_lab.optim import (
+    current_loss_scale,
+    scale_loss,
+    skipped_steps,
+    step_was_applied,
+    sync,
+    zero_second_moment_fraction,
+)
 from precision_lab.policy import Policy
 from precision_lab.training.config import ConstantSchedule, RunConfig, TrainConfig
 from precision_lab.training.optimizer import Hyper, build_optimizer, hyper
@@ -91,7 +98,8 @@ def _build(config: RunConfig, spec: DataSpec) -> Program:
 
     def init(seed: int, numbers: Hyper) -> TrainState:
         # Two programs: that of `fresh` is the same whatever the policy, so that paired runs start from equal bits.
-        return start(*fresh(jnp.asarray(seed, jnp.uint32)), numbers)
+        root = jnp.asarray(seed, jnp.uint32)
+        return start(*fresh(root), numbers, root)
 
     numbers = hyper(config)
     return Program(
@@ -124,13 +132,18 @@ def _take_apart(model: nnx.Module) -> tuple[Any, Any]:
     return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
 
 
-def _start(config: RunConfig, policy: Policy, params: Any, model_state: Any, numbers: Hyper) -> TrainState:
+def _start(
+    config: RunConfig, policy: Policy, params: Any, model_state: Any, numbers: Hyper, seed: jax.Array
+) -> TrainState:
     """Returns the state before the first step."""
+    stored = policy.cast_to_param(params)
+    # Masters start from the originals; what is updated in place, and what it has lost, has the dtype it is stored in.
+    given = params if config.master_weights else stored
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=policy.cast_to_param(params),
+        params=stored,
         model_state=model_state,
-        opt_state=build_optimizer(config, numbers).init(params),
+        opt_state=build_optimizer(config, numbers, seed).init(given),
         first_nonfinite=jnp.full((), NEVER, jnp.int32),
     )
 
@@ -160,7 +173,10 @@ def _step(
         opt_state=opt_state,
         first_nonfinite=_first_nonfinite(state, applied & ~jnp.isfinite(loss)),
     )
-    return after, _metrics(state, after, grads, loss, numbers)
+    measured = _metrics(state, after, grads, loss, numbers)
+    if config.optim.has_low_bit_second_moments:
+        measured["zero_second_moment_fraction"] = zero_second_moment_fraction(opt_state)
+    return after, measured
 
 
 def _metrics(

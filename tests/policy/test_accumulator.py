@@ -15,6 +15,8 @@ MEANT = {
     "bfloat16@step4": Accumulator(formats.format("bfloat16"), 4),
     "float16@promote128": Accumulator(F16, 1, 128),
     "e8m13@step32@promote128": Accumulator(formats.format("e8m13"), 32, 128),
+    "e8m13@step32@toward_zero": Accumulator(formats.format("e8m13"), 32, None, "toward_zero"),
+    "bfloat16@promote64@stochastic": Accumulator(formats.format("bfloat16"), 1, 64, "stochastic"),
     "float32@step8": Accumulator(formats.format("float32"), 8),
     "e5m3:bias=12,finite@step2@promote2": Accumulator(formats.format("e5m3:bias=12,finite"), 2, 2),
 }
@@ -39,6 +41,8 @@ def test_spellings_of_one_meaning_are_one_accumulator(spec):
 
 def test_options_come_in_any_order():
     assert str(Accumulator.parse("float16@promote8@step2")) == "float16@step2@promote8"
+    assert str(Accumulator.parse("float16@Toward_Zero@step2")) == "float16@step2@toward_zero"
+    assert Accumulator.parse("float16@nearest_even") == Accumulator(F16)
 
 
 def test_only_the_devices_own_accumulators_are_native():
@@ -72,6 +76,10 @@ REFUSED = {
     "float16@step-1": "'@step-1' is none of",
     "float16@": "'@' is none of",
     "float16@step2@step2": "'@step2' is given twice",
+    "float16@toward_zero@stochastic": "'@stochastic' is given twice",
+    "float16@up": "'@up' is none of .* no rounding, which are nearest_even, toward_zero, stochastic",
+    "float32@toward_zero": "float32 sums in float32.*@toward_zero is moot",
+    "float64@stochastic": "float64 is native only",
 }
 
 

@@ -114,6 +114,49 @@ def test_products_one_by_one_match_for_operands_of_every_size(name):
     assert np.isfinite(expected).all() == (name != "float8_e4m3fn")
 
 
+def truncated(bits):
+    """Drops all but so many stored bits; scaling by powers of two and `trunc` are exact."""
+
+    def rounded(x):
+        fraction, exponent = np.frexp(np.float64(x))
+        return np.float32(np.ldexp(np.trunc(np.ldexp(fraction, bits + 1)), exponent - bits - 1))
+
+    return rounded
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_truncating_accumulator_drops_the_bits_that_do_not_fit(options, monkeypatch):
+    monkeypatch.setitem(ROUND, "e8m4", truncated(4))
+    lhs, rhs = coarse((2, 3, 37), 0), coarse((2, 37, 4), 1)
+    accum = Accumulator.parse(f"e8m4{options}@toward_zero")
+
+    out = compiled_matmul(jnp.asarray(lhs), jnp.asarray(rhs), accum)
+
+    assert_same_bits(out, summed_matmul(lhs, rhs, accum))
+
+
+@pytest.mark.parametrize("options", ["", "@step3", "@promote64", "@step4@promote64"])
+def test_a_stochastic_accumulator_is_right_on_average_where_nearest_stalls(options):
+    """To nearest, bfloat16 stands still at 256 when 41/32 is added; 2000 sums, four standard errors."""
+    k, accum = 1024, Accumulator.parse(f"bfloat16{options}@stochastic")
+    lhs, rhs = np.full((2000, k), 41 / 32, np.float32), np.ones((k, 1), np.float32)
+
+    sums = np.asarray(compiled_matmul(lhs, rhs, accum)).ravel()
+
+    if "promote" not in options:
+        assert_same_bits(through(ml_dtypes.bfloat16)(sums), sums)
+    assert sums.std() > 0
+    assert abs(sums.mean() - k * 41 / 32) <= 4 * sums.std() / math.sqrt(len(sums))
+
+
+def test_equal_operands_are_rounded_alike_and_exact_sums_are_not_changed():
+    x, y = coarse((4, 64), 1), coarse((64, 4), 2)
+    accum = Accumulator.parse("bfloat16@stochastic")
+
+    assert_same_bits(compiled_matmul(x, y, accum), compiled_matmul(x, y, accum))
+    assert_same_bits(compiled_matmul(x[:, :8], np.ones((8, 1), np.float32), accum), x[:, :8].sum(1, keepdims=True))
+
+
 def test_overflow_is_that_of_the_format():
     lhs, rhs = jnp.full((1, 5), 256.0), jnp.full((5, 1), 100.0)
 

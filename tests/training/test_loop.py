@@ -91,11 +91,27 @@ def test_on_step_sees_every_step_and_the_latest_loss():
     assert seen[-1][1] == sink.of("train")[20]["loss"]
 
 
-@pytest.mark.parametrize("stop", [1, 7, 8, 14, 19])
-def test_an_interrupted_run_ends_like_one_that_was_not(tmp_path, stop):
+MASTER = {"master_weights": True}
+LOW_BIT = {
+    "model": {"kind": "mlp", "hidden": [64]},
+    "optim": {"kind": "adam", "lr": 1e-3, "state": "dynamic8@group256"},
+    "master_weights": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("stop", "how"),
+    [
+        *((stop, MASTER) for stop in (1, 7, 8, 14, 19)),
+        (8, {"update": "stochastic"}),
+        (8, {"update": "kahan"}),
+        (8, LOW_BIT),
+    ],
+)
+def test_an_interrupted_run_ends_like_one_that_was_not(tmp_path, stop, how):
     changes = {
         "policy": HALF,
-        "master_weights": True,
+        **how,
         "loss_scale": {"kind": "dynamic", "interval": 3},
         "train": {"checkpoint_every": 7},
     }

@@ -73,8 +73,10 @@ def test_another_policy_does_not_share_it():
         {"policy": HALF, "master_weights": True, "loss_scale": {"kind": "dynamic"}},
         {"policy": BFLOAT, "optim": {"kind": "adamw", "lr": 1e-3, "schedule": {"kind": "cosine"}, "clip_norm": 1.0}},
         {"model": {"kind": "convnet", "channels": [4, 4], "norm": "batch"}},
+        {"policy": BFLOAT, "update": "stochastic"},
+        {"policy": HALF, "update": "kahan"},
     ],
-    ids=["float32", "master", "adamw", "batch_norm"],
+    ids=["float32", "master", "adamw", "batch_norm", "stochastic", "kahan"],
 )
 def test_a_step_keeps_every_shape_and_dtype(changes):
     program, state, batches, numbers = prepared(**changes)
@@ -167,6 +169,62 @@ def test_unchanged_fraction_counts_parameters_below_half_an_ulp():
     _, metrics = program.step(state, batches[0], numbers)
 
     assert float(metrics["unchanged_fraction"]) >= weights / everything - 1e-6
+
+
+def kernels(**changes):
+    """Returns float64 kernels, one array, after 200 steps that are all below half an ulp, and before them."""
+    program, state, batches, numbers = prepared(optim={"kind": "sgd", "lr": 1e-4}, **changes)
+
+    def of(state):
+        return np.concatenate([np.asarray(p, np.float64).ravel() for p in jax.tree.leaves(state.params) if p.ndim == 2])
+
+    before = of(state)
+    for step in range(200):
+        state, _ = program.step(state, batches[step], numbers)
+    return of(state), before
+
+
+def test_updates_below_half_an_ulp_survive_stochastic_rounding_and_kahan():
+    """What float32 moves on average, nearest does not move at all where weights are large enough."""
+    exact, start = kernels()
+    moved = exact - start
+    large = abs(start) > 0.05  # half an ulp there is 2**-14, above every step
+
+    for update, moves in (("nearest", False), ("stochastic", True), ("kahan", True)):
+        after, before = kernels(policy=BFLOAT, update=update)
+        got = (after - before)[large]
+        slope = np.dot(got, moved[large]) / np.dot(moved[large], moved[large])
+        assert (abs(slope - 1) < 0.2) if moves else (slope == 0)
+
+
+def test_random_rounding_follows_the_seed_of_the_run_and_has_a_stream_of_its_own():
+    def after(seed):
+        program, state, batches, numbers = prepared(policy=BFLOAT, update="stochastic", seed=seed)
+        key = np.asarray(state.opt_state.inner.key)
+        return key, program.step(state, batches[0], numbers)[0].params
+
+    (key, first), (_, again), (other, _) = after(1), after(1), after(2)
+
+    assert_same_bits(first, again)
+    assert (key != other).any()
+    assert (key != np.asarray(jax.random.key_data(jax.random.key(1)))).any()
+
+
+def test_zero_second_moments_are_counted_where_they_are_stored_in_few_bits():
+    """A linear code of 8 bits loses what is below 1/510 of the largest square; most gradients are."""
+    model, optim = {"kind": "mlp", "hidden": [64]}, {"kind": "adam", "lr": 1e-3}
+    shares = {}
+    for state in ("int8@tensor", "dynamic8@tensor", "float32"):
+        program, start, batches, numbers = prepared(model=model, optim={**optim, "state": state})
+        _, metrics = program.step(start, batches[0], numbers)
+        shares[state] = float(metrics["zero_second_moment_fraction"])
+    program, start, batches, numbers = prepared(model=model, optim=optim)
+    plain = program.step.eval_shape(start, batches[0], numbers)[1]
+
+    # Pixels that are always black have gradients of zero in every format.
+    assert shares["int8@tensor"] > shares["dynamic8@tensor"] + 0.2
+    assert shares["dynamic8@tensor"] == pytest.approx(shares["float32"], abs=0.02)
+    assert "zero_second_moment_fraction" not in plain
 
 
 def test_a_skipped_step_changes_neither_parameters_nor_batch_statistics():
