@@ -54,11 +54,12 @@ def plan(experiment: ExperimentConfig, out: Path) -> list[Planned]:
     """
     planned: dict[str, Planned] = {}
     for seed in experiment.seeds:
-        runs = {run_id(seeds[seed]): f"{arm}, seed {seed}" for arm, seeds in reversed(experiment.runs.items())}
+        arms = reversed(list(experiment.runs.items()))  # of arms that are equal the first gives the name
+        labels = {run_id(seeds[seed]): f"{arm}, seed {seed}" for arm, seeds in arms}
         for seeds in experiment.runs.values():
             for config in ancestry(seeds[seed]):
                 run = run_dir(out, config)
-                planned.setdefault(run.id, Planned(runs[run.id], config, run))
+                planned.setdefault(run.id, Planned(labels[run.id], config, run))
     return list(planned.values())
 
 

@@ -22,7 +22,9 @@ def with_parents(
         if arm in above:
             raise refuse(above[-1], "arm", f"arms start from one another: {' -> '.join((*above, arm))}.")
         if arm not in nested:
-            parents = None if runs[arm].start is None else add(_parent(runs, arm, refuse), (*above, arm))
+            parents = (
+                None if getattr(runs[arm], "start", None) is None else add(_parent(runs, arm, refuse), (*above, arm))
+            )
             nested[arm] = {seed: _with_seed(runs[arm], seed, parents and parents[seed]) for seed in seeds}
         return nested[arm]
 
@@ -50,13 +52,14 @@ def _parent(runs: Mapping[str, RunConfig], arm: str, refuse: Callable[[str, str,
 
 def _with_seed(run: RunConfig, seed: int, parent: RunConfig | None) -> RunConfig:
     """Returns a run with its seed and the run that it begins from."""
-    start = None if run.start is None else run.start.model_copy(update={"run": parent})
-    return run.model_copy(update={"seed": seed, "start": start})
+    begun = {} if parent is None or run.start is None else {"start": run.start.model_copy(update={"run": parent})}
+    return run.model_copy(update={"seed": seed, **begun})
 
 
 def ancestry(config: RunConfig) -> list[RunConfig]:
     """Returns a run and those that it begins from, the first of all first."""
-    above = config.start.run if config.start is not None else None
+    start = getattr(config, "start", None)  # a probe has none
+    above = None if start is None else start.run
     return [*(ancestry(above) if above is not None else ()), config]
 
 
@@ -66,7 +69,7 @@ def arms_above(runs: Mapping[str, Mapping[int, RunConfig]], arms: Iterable[str])
     waiting = list(arms)
     while waiting:
         arm = waiting.pop()
-        start = next(iter(runs[arm].values())).start
+        start = getattr(next(iter(runs[arm].values())), "start", None)
         if arm not in found and start is not None:
             waiting.append(start.arm)
         found.add(arm)

@@ -1,9 +1,10 @@
 """The state in which a run begins: initialised from its seed, or with the final parameters of another run."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from precision_lab.models import DataSpec
 from precision_lab.optim import full_precision
@@ -12,10 +13,18 @@ from precision_lab.training.config import RunConfig
 from precision_lab.training.optimizer import hyper
 from precision_lab.training.program import Program, program_for
 from precision_lab.training.state import TrainState
+from precision_lab.training.transforming import transformed
 
 
-def beginning(config: RunConfig, program: Program, spec: DataSpec, start_from: Path | None) -> TrainState:
-    """Returns the state before the first step.
+class Beginning(NamedTuple):
+    """The state before the first step, and what the audit of stored parameters counted; see `AUDITED`."""
+
+    state: TrainState
+    audit: dict[str, float]
+
+
+def beginning(config: RunConfig, program: Program, spec: DataSpec, start_from: Path | None) -> Beginning:
+    """Returns how a run begins.
 
     Args:
       config: the run.
@@ -24,12 +33,21 @@ def beginning(config: RunConfig, program: Program, spec: DataSpec, start_from: P
       start_from: folder of the checkpoints of the run that it begins from, if any.
 
     Raises:
-      ValueError: the run begins from another whose final parameters are not there.
+      ValueError: the run begins from another whose final parameters are not there, or a transform does not fit.
     """
-    if config.start is None:
-        return program.init(config.seed, hyper(config))
-    params, model_state = _final_parameters(config, spec, start_from)
-    return program.start(params, model_state, hyper(config))
+    if config.start is None and not config.transforms:
+        return Beginning(program.init(config.seed, hyper(config)), {})
+    fresh = program.fresh(jnp.asarray(config.seed, jnp.uint32)) if config.start is None else None
+    params, model_state = fresh or _final_parameters(config, spec, start_from)
+    params, audit = transformed(params, config.transforms, config.seed)
+    return Beginning(program.start(params, model_state, hyper(config)), audit)
+
+
+def check_beginning(program: Program, config: RunConfig) -> None:
+    """Raises ValueError if a transform does not fit the model."""
+    if config.transforms:
+        shapes, _ = jax.eval_shape(program.fresh, jax.ShapeDtypeStruct((), jnp.uint32))
+        transformed(jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes), config.transforms, config.seed)
 
 
 def _final_parameters(config: RunConfig, spec: DataSpec, folder: Path | None) -> tuple[Any, Any]:

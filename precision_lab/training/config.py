@@ -36,6 +36,7 @@ from precision_lab.models.fields import (
 from precision_lab.models.registry import Registry
 from precision_lab.policy import Policy
 from precision_lab.training.start import NamedPolicies, Policies, StartConfig, canonical_policy
+from precision_lab.training.transforms import AnyTransform
 
 _STORABLE = ("float32", "bfloat16", "float16")
 
@@ -195,7 +196,7 @@ class TrainConfig(FrozenConfig):
     steps: NotNegativeInt
     eval_every: PositiveInt | None = None
     eval_at: Annotated[
-        tuple[NotNegativeInt, ...], BeforeValidator(tuple_of_list), Field(json_schema_extra={"legacy": ()})
+        tuple[NotNegativeInt, ...], BeforeValidator(tuple_of_list), Field(json_schema_extra={"legacy": []})
     ] = ()
     log_every: PositiveInt = 50
     checkpoint_every: Annotated[PositiveInt | None, Field(json_schema_extra={"semantic": False})] = None
@@ -224,6 +225,7 @@ class RunConfig(FrozenConfig):
       start: the run whose final parameters this one begins from; None initialises the model.
       evals: further policies, by name, that the same parameters are evaluated under whenever the run is: a training
         run with quantized weights may have `shadow: float32`, a float32 run `int4: "weight=int4@channel"`.
+      transforms: what is done to the parameters that it begins with, in this order.
     """
 
     model: AnyModel
@@ -236,6 +238,9 @@ class RunConfig(FrozenConfig):
     seed: Annotated[Int, Field(ge=0, lt=2**32)] = 0
     start: Annotated[StartConfig | None, Field(json_schema_extra={"legacy": None})] = None
     evals: Annotated[NamedPolicies, Field(json_schema_extra={"legacy": {}})] = Policies()
+    transforms: Annotated[
+        tuple[AnyTransform, ...], BeforeValidator(tuple_of_list), Field(json_schema_extra={"legacy": []})
+    ] = ()
 
     @field_validator("policy", mode="before")
     @classmethod

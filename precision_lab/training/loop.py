@@ -16,7 +16,7 @@ import jax
 
 from precision_lab import data
 from precision_lab.data import DataConfig, Dataset
-from precision_lab.training.beginning import beginning
+from precision_lab.training.beginning import beginning, check_beginning
 from precision_lab.training.checkpointing import Checkpoints
 from precision_lab.training.config import RunConfig
 from precision_lab.training.evaluation import check_evaluations, evaluate, under_other_policies
@@ -56,14 +56,15 @@ def check(config: RunConfig) -> None:
     """Makes sure that a run can start: traces its step, without compiling, running or writing anything.
 
     Raises:
-      ValueError: the model cannot learn the data, a rule of the policy matches no site, or a batch is larger than the
-        training split.
+      ValueError: the model cannot learn the data, a rule of a policy matches no site, a transform does not fit, or a
+        batch is larger than the training split.
       DataError: the data cannot be loaded.
     """
     dataset = _dataset(config.data)  # pyright: ignore[reportArgumentType] (frozen: hashable)
     data.batches(dataset, config.data, config.seed)
     program = program_for(config, dataset.spec)
     check_program(program, config)
+    check_beginning(program, config)
     check_evaluations(program, config, dataset.spec)
 
 
@@ -99,9 +100,10 @@ def train(
     batches = data.batches(dataset, config.data, config.seed)
     with Checkpoints(checkpoint_dir, config) as checkpoints:
         restored = checkpoints.restore(program.state_shapes)
-        state, metrics, bad_step = restored or (beginning(config, program, dataset.spec, start_from), {}, NEVER)
+        begun = beginning(config, program, dataset.spec, start_from) if restored is None else None
+        state, metrics, bad_step = restored or (begun.state, {}, NEVER)  # pyright: ignore[reportOptionalMemberAccess]
         run = _Run(config, program, dataset, sink, checkpoints, metrics, bad_step)
-        return run.go(state, batches, on_step or (lambda step, loss: None), fresh=restored is None)
+        return run.go(state, batches, on_step or (lambda step, loss: None), audit=begun and begun.audit)
 
 
 class _Run:
@@ -128,11 +130,20 @@ class _Run:
         # a run that goes on from a checkpoint must not know of a bad step any earlier than one that never stopped.
         self._bad_step = bad_step
 
-    def go(self, state: TrainState, batches: Any, on_step: Callable[[int, float], None], *, fresh: bool) -> RunResult:
-        """Returns the result after training `state` to the end."""
+    def go(
+        self,
+        state: TrainState,
+        batches: Any,
+        on_step: Callable[[int, float], None],
+        *,
+        audit: Mapping[str, float] | None,
+    ) -> RunResult:
+        """Returns the result after training `state` to the end; a run from its beginning has an audit, empty or not."""
         start, steps = int(state.step), self._config.train.steps
-        self._sink.restart(-1 if fresh else start)
-        if fresh:
+        self._sink.restart(start if audit is None else -1)
+        if audit:
+            self._write(0, "start", audit)
+        if audit is not None:
             self._evaluate(0, state)
         numbers = hyper(self._config)
         done = start

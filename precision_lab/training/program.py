@@ -63,9 +63,8 @@ def static_part(config: RunConfig) -> RunConfig:
     if config.train.steps == 0:  # Nothing is trained, and a schedule of no steps cannot be built.
         optim = optim.model_copy(update={"schedule": ConstantSchedule()})
     steps = 1 if isinstance(optim.schedule, ConstantSchedule) else config.train.steps
-    return config.model_copy(
-        update={"seed": 0, "optim": optim, "train": TrainConfig(steps=steps), "start": None, "evals": Policies()}
-    )
+    beginning = {"start": None, "evals": Policies(), "transforms": ()}
+    return config.model_copy(update={"seed": 0, "optim": optim, "train": TrainConfig(steps=steps), **beginning})
 
 
 def check_program(program: Program, config: RunConfig) -> None:

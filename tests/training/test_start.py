@@ -47,7 +47,7 @@ def test_a_run_begins_from_masters_where_there_are_any_and_with_a_fresh_optimize
     begun = config(start={"run": config(**changes)})
     program = program_for(begun, begun.data.spec())
 
-    state = beginning(begun, program, begun.data.spec(), tmp_path)
+    state, _ = beginning(begun, program, begun.data.spec(), tmp_path)
 
     leaves = jax.tree.leaves(state.params)
     # SGD's updates are not multiples of float16's last place, so masters lie between its numbers.
