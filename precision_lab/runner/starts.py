@@ -22,10 +22,9 @@ def with_parents(
         if arm in above:
             raise refuse(above[-1], "arm", f"arms start from one another: {' -> '.join((*above, arm))}.")
         if arm not in nested:
-            parents = (
-                None if getattr(runs[arm], "start", None) is None else add(_parent(runs, arm, refuse), (*above, arm))
-            )
-            nested[arm] = {seed: _with_seed(runs[arm], seed, parents and parents[seed]) for seed in seeds}
+            begins = getattr(runs[arm], "start", None) is not None  # a probe never does
+            parents = add(_parent(runs, arm, refuse), (*above, arm)) if begins else {}
+            nested[arm] = {seed: _with_seed(runs[arm], seed, parents.get(seed)) for seed in seeds}
         return nested[arm]
 
     for arm in runs:
