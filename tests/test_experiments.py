@@ -14,6 +14,8 @@ from precision_lab.runner.config import ExperimentConfig
 from precision_lab.runner.known import metric_names
 from precision_lab.training import ProbeRun
 from precision_lab.training import config as training_config
+from precision_lab.training import start as start_config
+from precision_lab.training import transforms as transforms_config
 from precision_lab.training.probes import PROBES
 from precision_lab.training.probes import config as probes_config
 
@@ -41,7 +43,8 @@ def test_every_shipped_experiment_and_all_its_presets_are_valid(path):
 def test_the_page_names_every_key_every_kind_and_every_metric():
     known = names_in_code(PAGE)
     fields = set(ExperimentConfig.written_keys())
-    for module in (models_config, data_config, training_config, probes_config, claims):
+    configs = (models_config, data_config, training_config, probes_config, start_config, transforms_config, claims)
+    for module in configs:
         for cls in vars(module).values():
             if isinstance(cls, type) and cls.__module__ == module.__name__ and hasattr(cls, "model_fields"):
                 fields |= set(cls.model_fields) - {"seed"}

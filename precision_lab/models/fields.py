@@ -10,6 +10,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 Int = Annotated[int, Field(strict=True)]
 PositiveInt = Annotated[int, Field(strict=True, ge=1)]
+NotNegativeInt = Annotated[int, Field(strict=True, ge=0)]
 Bool = Annotated[bool, Field(strict=True)]
 Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 PositiveFloat = Annotated[Float, Field(gt=0)]
@@ -17,11 +18,12 @@ NotNegative = Annotated[Float, Field(ge=0)]
 Fraction = Annotated[Float, Field(ge=0, lt=1)]
 
 
-def _tuple_of_list(value: Any) -> Any:
+def tuple_of_list(value: Any) -> Any:
+    """Returns a list, which YAML has, as a tuple, which can be hashed; anything else as it is."""
     return tuple(value) if isinstance(value, list) else value
 
 
-Widths = Annotated[tuple[PositiveInt, ...], BeforeValidator(_tuple_of_list)]
+Widths = Annotated[tuple[PositiveInt, ...], BeforeValidator(tuple_of_list)]
 """Positive integers; a list in YAML, a tuple here."""
 
 

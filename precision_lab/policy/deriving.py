@@ -21,17 +21,19 @@ def for_inference(policy: Policy) -> Policy:
 
 def without_quantizers(policy: Policy) -> Policy:
     """Returns the policy with its floating formats alone."""
-    return _without(policy, (*OF_TRAINING, *QUANTIZERS))
+    return _without(policy, (*OF_TRAINING, *QUANTIZERS, "outliers"))
 
 
 def with_static_scales(policy: Policy) -> Policy:
     """Returns the policy with one scale for each activation, which is all that can be known before it is there.
 
     Raises:
-      ValueError: activations have scales by group or block of the contracted axis.
+      ValueError: activations have scales by group or block of the contracted axis, or outliers of their own.
     """
 
     def static(key: str, value: Any) -> Any:
+        if key == "outliers" and value is not None:
+            raise ValueError(f"outliers={value:g} are found in every call, and scales without them: none is static.")
         if key not in OF_ACTIVATIONS or value is None or not value.is_scaled:
             return value
         if value.granularity.kind in ("group", "block"):
@@ -51,7 +53,7 @@ def _without(policy: Policy, keys: tuple[str, ...]) -> Policy:
 
 def _everywhere(policy: Policy, change: Callable[[str, Any], Any], drop: tuple[str, ...] = ()) -> Policy:
     """Returns a policy with `change(key, value)` for each setting, also those of rules, from which `drop` are left."""
-    keys = (*QUANTIZERS, *OF_TRAINING)
+    keys = (*QUANTIZERS, *OF_TRAINING, "outliers")
     kept = [(rule, [(k, change(k, v)) for k, v in rule.settings if k not in drop]) for rule in policy.rules]
     rules = tuple(dataclasses.replace(rule, settings=tuple(settings)) for rule, settings in kept if settings)
     return dataclasses.replace(policy, rules=rules, **{key: change(key, getattr(policy, key)) for key in keys})

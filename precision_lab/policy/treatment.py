@@ -43,6 +43,8 @@ class Treatment:
         the backward product contracts. None means "requantized" with `gradient` and "quantized" without.
       execution: "native" for the arithmetic of the hardware's own types, "simulated" for values on the format's grid
         in float32, "auto" for native where XLA has the type and the result is the same.
+      outliers: magnitude of an activation from which on its feature, with the weights that it meets, is multiplied in
+        `compute` instead of quantized; None quantizes all.
       op: category of an operation that is not a product, one of `CATEGORIES`; None leaves it to the policy's `ops`.
       round: format that the results of the operation, and their cotangents, are rounded to.
     """
@@ -58,6 +60,7 @@ class Treatment:
     wgrad: Format | None = None
     backward: str | None = None
     execution: str = "auto"
+    outliers: float | None = None
     op: str | None = None
     round: Format | None = None
 
@@ -111,6 +114,16 @@ def _one_of(key: str, words: tuple[str, ...]) -> Callable[[Any], str]:
     return read
 
 
+def _read_magnitude(spec: Any) -> float:
+    try:
+        value = float(spec)
+    except (TypeError, ValueError):
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise ValueError(f"outliers={spec} must be a positive number, such as 6.0.")
+    return value
+
+
 def _name(fmt: Format | None) -> str:
     return "none" if fmt is None else fmt.name
 
@@ -130,6 +143,7 @@ SETTINGS: dict[str, Setting] = {
     "wgrad": _FORMAT_OR_NONE,
     "backward": Setting(_or_none(_one_of("backward", BACKWARDS)), _word),
     "execution": Setting(_one_of("execution", EXECUTIONS)),
+    "outliers": Setting(_or_none(_read_magnitude), lambda value: "none" if value is None else f"{value:g}"),
     "op": Setting(_or_none(_one_of("op", CATEGORIES)), _word),
     "round": _FORMAT_OR_NONE,
 }
@@ -156,6 +170,8 @@ def check_treatment(treatment: Treatment, *, where: str) -> None:
         _check_simulated_accumulator(treatment, where)
     if treatment.backward == "requantized" and treatment.dgrad is not None and treatment.wgrad is not None:
         raise ValueError(f"backward=requantized{where} has nothing to quantize: dgrad and wgrad are both given.")
+    if treatment.outliers is not None:
+        _check_outliers(treatment, where)
     if treatment.backward is not None and not treatment.quantizes:
         raise ValueError(f"backward={treatment.backward}{where} needs weight=, activation= or gradient=.")
     _check_estimators(treatment, where)
@@ -163,6 +179,17 @@ def check_treatment(treatment: Treatment, *, where: str) -> None:
         raise ValueError(
             f"gradient={treatment.gradient}{where} quantizes all three products anew: backward can only be requantized."
         )
+
+
+def _check_outliers(treatment: Treatment, where: str) -> None:
+    """Raises unless outliers can be taken apart from what is quantized."""
+    what = f"outliers={treatment.outliers:g}{where}"
+    if treatment.weight is None or treatment.activation is None:
+        raise ValueError(f"{what} excepts features from weight= and activation=, which are not both given.")
+    if treatment.execution == "native":
+        raise ValueError(f"{what} is simulated, but execution=native; leave one of them out.")
+    if treatment.gradient is not None or treatment.backward not in (None, "quantized"):
+        raise ValueError(f"{what} takes operands apart before the product: backward can only be quantized.")
 
 
 def _check_estimators(treatment: Treatment, where: str) -> None:

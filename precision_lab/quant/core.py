@@ -63,7 +63,7 @@ def quantize_parts(x: jax.Array, tiles: Tiles, given: Given, qz: Quantizer, n: Q
     """Returns an array quantized; anything but a block format."""
     x = widen(x)
     if not qz.is_scaled and qz.format.kind == "float" and qz.format.has_nan:
-        overflow = None if qz.format.has_inf else "saturate_finite"
+        overflow = "saturate" if qz.scheme == "clamped" else None if qz.format.has_inf else "saturate_finite"
         return Parts(round_to(x, qz.format, rounding=qz.rounding, overflow=overflow, key=key), None)
     whole = (calibration.extent if qz.scheme in SIDED else calibration.magnitude)(x, tiles)
     if qz.estimator == "dorefa":

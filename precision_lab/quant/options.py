@@ -13,6 +13,7 @@ SCHEMES: dict[str, str] = {
     "signed_max": "the element of largest magnitude becomes the most negative code exactly (llama.cpp's Q4_0)",
     "pow2": "the smallest power of two that is at least amax / largest value",
     "unscaled": "no scale: values are rounded to the format as they are (a cast); block formats have their own scales",
+    "clamped": "no scale: a cast in which what is too large, infinity too, becomes the largest value",
 }
 
 # Which range of values the grid shall cover. "minmax" is another name for "absmax".

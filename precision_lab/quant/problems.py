@@ -50,8 +50,10 @@ def _scheme(qz: Any) -> str | None:
         return f"scheme {scheme!r} is for integers"
     if scheme in ("full", "full_clipped", "signed_max") and not fmt.signed:
         return f"scheme {scheme!r} is for signed integers; say 'symmetric' for values >= 0, or 'affine'"
-    if scheme == "unscaled" and qz.granularity.kind != "tensor":
-        return f"there are no scales for granularity {qz.granularity} under scheme 'unscaled'; say 'symmetric'"
+    if scheme == "clamped" and not (fmt.kind == "float" and fmt.has_nan):
+        return f"scheme 'clamped' is for floats with infinities or NaN; {fmt.name} saturates as it is"
+    if not qz.is_scaled and qz.granularity.kind != "tensor":
+        return f"there are no scales for granularity {qz.granularity} under scheme {scheme!r}; say 'symmetric'"
     return None
 
 

@@ -114,7 +114,7 @@ class Quantizer:
     @property
     def is_scaled(self) -> bool:
         """Returns whether values are divided by a scale of ours before they are rounded."""
-        return self.scheme != "unscaled"
+        return self.scheme not in ("unscaled", "clamped")
 
     @property
     def has_zero_point(self) -> bool:

@@ -24,6 +24,7 @@ from precision_lab.quant.core import Given
 from precision_lab.rewrite import _compat
 from precision_lab.rewrite.bilinear import Layout, Layouts, Matmul, Term, as_matmul, convolution
 from precision_lab.rewrite.held import quantized_by, takes_codes
+from precision_lab.rewrite.outliers import Outliers, decomposed
 from precision_lab.rewrite.packed import block_rows, product_in_blocks
 from precision_lab.rewrite.parameters import dense, is_stored
 from precision_lab.rewrite.quantized import NOTHING_GIVEN, Codes, codes_of, fake_quantized, have_codes, why_no_codes
@@ -62,6 +63,7 @@ class Casting:
       requantized: which of the gradients, of the left and of the right operand, quantize theirs again, along the axes
         that they contract.
       native: whether operands are of the format's dtype; else they are values on its grid in float32.
+      outliers: which features are not quantized, None if all are.
     """
 
     compute: Format
@@ -73,6 +75,7 @@ class Casting:
     wgrad: Format
     requantized: tuple[bool, bool]
     native: bool
+    outliers: Outliers | None = None
 
     def prepared(self, x: jax.Array, operand: int, axes: tuple[int, ...]) -> jax.Array:
         """Returns an operand as it is multiplied, by a product that contracts `axes` of it."""
@@ -91,7 +94,8 @@ class Casting:
     def codes(self) -> tuple[Any, Any] | None:
         """The quantizers of both operands if their codes can be multiplied in place of their values, else None."""
         pair = self.operands[0].quantizer, self.operands[1].quantizer
-        return pair if self.native and self.accum.is_native and have_codes(*pair) else None
+        takes_codes = self.native and self.accum.is_native and self.outliers is None
+        return pair if takes_codes and have_codes(*pair) else None
 
     @property
     def precision(self) -> Any:
@@ -165,9 +169,17 @@ def casting_of(
         wgrad=treatment.wgrad or compute,
         requantized=again,  # pyright: ignore[reportArgumentType]
         native=_is_native(treatment, (left, right)),
+        outliers=_outliers(treatment, parameters),
     )
     before = left.quantizer, right.quantizer
     return casting, before if backward == "quantized" and any(before) else None
+
+
+def _outliers(treatment: Treatment, parameters: tuple[bool, bool]) -> Outliers | None:
+    """Returns which features of the activation that meets a parameter are not quantized."""
+    if treatment.outliers is None or parameters.count(True) != 1:
+        return None
+    return Outliers(treatment.outliers, treatment.compute, parameters.index(False))
 
 
 def _is_native(treatment: Treatment, operands: tuple[Operand, Operand]) -> bool:
@@ -249,6 +261,9 @@ def _product_of_quantized(
 ) -> jax.Array:
     """Returns the product of operands that are quantized first: of their codes where `how` can, else of values."""
     sides = list(zip(operands, before, layouts.op.contracted(), layouts.operands, given, strict=True))
+    plain = dataclasses.replace(how, operands=tuple(dataclasses.replace(one, quantizer=None) for one in how.operands))
+    if how.outliers is not None:
+        return product_of(Term(layouts.op, *decomposed(layouts, operands, before, given, how.outliers)), plain)
     if (
         how.codes is None
         and how.accum.is_native
@@ -257,7 +272,6 @@ def _product_of_quantized(
     ):
         return _product_in_blocks(_values(*sides[0]), operands[1], rows, how)
     values = [_values(*side) for side in sides]
-    plain = dataclasses.replace(how, operands=tuple(dataclasses.replace(one, quantizer=None) for one in how.operands))
     if how.codes is None or not layouts.op.takes_codes() or not all(map(takes_codes, given)):
         return product_of(Term(layouts.op, *values), plain)
     return _with_derivative(layouts.op, plain, how)(*values, *(part for side in sides for part in _codes(*side)))

@@ -85,7 +85,7 @@ def takes_scales(quantizer: Quantizer | None) -> bool:
 def scaled_roles(treatment: Treatment, has_parameter: bool) -> tuple[str, ...]:
     """Returns the tensors at a site that take given scales; none where one of its quantizers needs its own."""
     operands = (treatment.activation, treatment.weight) if has_parameter else (treatment.attention,) * 2
-    if not all(map(takes_scales, operands)) or not treatment.accum.is_native:
+    if not all(map(takes_scales, operands)) or not treatment.accum.is_native or treatment.outliers is not None:
         return ()
     if treatment.gradient is None:
         return ROLES[:2]

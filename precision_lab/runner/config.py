@@ -23,6 +23,7 @@ from precision_lab.runner.explain import LocatedError, validate
 from precision_lab.runner.identity import digest, experiment_id
 from precision_lab.runner.known import metric_names
 from precision_lab.runner.resolve import BASE_KEYS, Runs, base_and_arms, resolve
+from precision_lab.runner.starts import arms_above
 from precision_lab.runner.tree import Tree, from_python, suggestion
 from precision_lab.runner.yaml12 import Keys, Place
 
@@ -203,7 +204,8 @@ class ExperimentConfig(BaseModel):
     def select(self, *, arms: Sequence[str] = (), seeds: Sequence[int] = ()) -> "ExperimentConfig":
         """Returns the experiment with some of its arms, or with other seeds; claims about other arms go.
 
-        The baseline stays with several arms, which are compared with it; a single arm stands alone.
+        The baseline stays with several arms, which are compared with it; a single arm stands alone. Arms that others
+        start from stay too.
 
         Raises:
           ValueError: an arm that is not there.
@@ -212,7 +214,7 @@ class ExperimentConfig(BaseModel):
             if arm not in self.arms:
                 raise LocatedError(f"no arm {arm!r} in {self.name}{suggestion(arm, self.arms, what='arms')}")
         data = self.to_dict()
-        arms = sorted({*arms, self.baseline_arm} if len(set(arms)) > 1 else set(arms))
+        arms = sorted(arms_above(self._runs, {*arms, self.baseline_arm} if len(set(arms)) > 1 else set(arms)))
         if arms:
             data["arms"] = {name: change for name, change in self.arms.items() if name in arms}
             kept = [claim for claim in self.claims if set(claim.arms_named()) <= set(arms)]

@@ -20,8 +20,10 @@ from precision_lab.runner.config import ExperimentConfig
 from precision_lab.runner.environment import differences, fingerprint, registered_code
 from precision_lab.runner.identity import run_id
 from precision_lab.runner.loading import Source, load
+from precision_lab.runner.parents import await_parent, start_from
 from precision_lab.runner.results import Results, read
 from precision_lab.runner.rundir import FINISHED, BusyError, RunDir, run_dir
+from precision_lab.runner.starts import ancestry
 from precision_lab.runner.store import ARMS
 from precision_lab.runner.yaml12 import dump
 from precision_lab.training import AnyRun, RunConfig
@@ -47,12 +49,18 @@ class Planned:
 
 
 def plan(experiment: ExperimentConfig, out: Path) -> list[Planned]:
-    """Returns the different runs of an experiment, seed by seed so that every arm has results early."""
+    """Returns the different runs of an experiment, seed by seed so that every arm has results early.
+
+    A run that begins from another comes after it.
+    """
     planned: dict[str, Planned] = {}
     for seed in experiment.seeds:
-        for arm, seeds in experiment.runs.items():
-            run = run_dir(out, seeds[seed])
-            planned.setdefault(run.id, Planned(f"{arm}, seed {seed}", seeds[seed], run))
+        arms = reversed(list(experiment.runs.items()))  # of arms that are equal the first gives the name
+        labels = {run_id(seeds[seed]): f"{arm}, seed {seed}" for arm, seeds in arms}
+        for seeds in experiment.runs.values():
+            for config in ancestry(seeds[seed]):
+                run = run_dir(out, config)
+                planned.setdefault(run.id, Planned(labels[run.id], config, run))
     return list(planned.values())
 
 
@@ -185,10 +193,11 @@ def execute_trial(
     A crash is recorded in the run directory and not raised.
 
     Raises:
-      BusyError: another process is executing it, and `wait` is false.
+      BusyError: another process is executing it, or the run that it begins from, and `wait` is false.
       ValueError: the directory belongs to another configuration.
       KeyboardInterrupt: the run was interrupted, and is marked so.
     """
+    await_parent(run, config, wait=wait)
     with run.claim(config, wait=wait):
         state = run.status()["state"]
         if state in FINISHED:  # Another process was faster.
@@ -216,7 +225,8 @@ def _train(run: RunDir, config: AnyRun, attempt: int, progress: Progress) -> str
     started = time.monotonic()
     run.checkpoints.mkdir(exist_ok=True)
     with _logging_to(run.log(attempt)), run.sink(attempt) as sink:
-        result = training.train(config, checkpoint_dir=run.checkpoints, sink=sink, on_step=progress.step)
+        begin = start_from(run, config)
+        result = training.train(config, checkpoint_dir=run.checkpoints, sink=sink, on_step=progress.step, **begin)
     duration_s = round(time.monotonic() - started, 3)
     run.finish(result.status, step=result.step, metrics=result.metrics, duration_s=duration_s, attempt=attempt)
     return result.status

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from precision_lab.runner.explain import LocatedError, known_keys, mistakes, stale, validate
+from precision_lab.runner.starts import with_parents
 from precision_lab.runner.tree import Tree, from_python, merge, spell_out_kinds
 from precision_lab.runner.yaml12 import Keys, Place
 from precision_lab.training import AnyRun, ProbeRun, RunConfig
@@ -44,13 +45,18 @@ def resolve(base: Tree, arms: Mapping[str, Tree], seeds: tuple[int, ...]) -> dic
     Raises:
       LocatedError: one line about the first arm that is not a valid run.
     """
-    runs: dict[str, dict[int, AnyRun]] = {}
+    runs: dict[str, AnyRun] = {}
     for name, arm in arms.items():
         if isinstance(arm.data, dict) and "seed" in arm.data:
             raise LocatedError(arm.place(("seed",)).say("an arm has no seed of its own; list them in 'seeds'."))
-        run = _resolve_arm(base, name, arm)
-        runs[name] = {seed: run.model_copy(update={"seed": seed}) for seed in seeds}
-    return runs
+        runs[name] = _resolve_arm(base, name, arm)
+
+    def refuse(arm: str, key: str, message: str) -> LocatedError:
+        return LocatedError(
+            merge(base, arms[arm]).place(("start", key)).say(f"{message.rstrip('.')} (in arm {arm!r}).")
+        )
+
+    return with_parents(runs, seeds, refuse)
 
 
 def prune(tree: Tree) -> Tree:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from precision_lab.runner.identity import plain, policy_name
+from precision_lab.runner.identity import plain, policy_name, run_id
 
 if TYPE_CHECKING:
     from precision_lab.runner.results import Results
@@ -49,8 +49,16 @@ def defaults(model: BaseModel, prefix: str = "") -> set[str]:
 
 def _flat_run(run: BaseModel) -> dict[str, Any]:
     """Returns a run's configuration with dotted keys, its policy by name if it has one."""
-    keys = flat(plain(run))
+    keys = flat(plain(run) | _start_in_words(run))
     return {**keys, "policy": policy_name(keys["policy"])} if "policy" in keys else keys
+
+
+def _start_in_words(run: BaseModel) -> dict[str, Any]:
+    """Returns where a run begins with the arm's name in place of its whole configuration."""
+    start = getattr(run, "start", None)
+    if start is None:
+        return {}
+    return {"start": {"arm": start.arm or run_id(start.run), **({"merge": True} if start.merge else {})}}
 
 
 def flat(data: Any, prefix: str = "") -> dict[str, Any]:

@@ -27,13 +27,17 @@ from precision_lab.models.fields import (
     FrozenConfig,
     Int,
     NotNegative,
+    NotNegativeInt,
     PositiveFloat,
     PositiveInt,
     located_error,
+    tuple_of_list,
 )
 from precision_lab.models.registry import Registry
 from precision_lab.policy import Policy
 from precision_lab.quant import Quantizer, quantizer
+from precision_lab.training.start import NamedPolicies, Policies, StartConfig, canonical_policy
+from precision_lab.training.transforms import AnyTransform
 
 _STORABLE = ("float32", "bfloat16", "float16")
 
@@ -205,8 +209,9 @@ class TrainConfig(FrozenConfig):
     """How long to train and how often to look.
 
     Attributes:
-      steps: number of optimizer updates, skipped ones included.
+      steps: number of optimizer updates, skipped ones included; 0 evaluates what the run begins from.
       eval_every: steps between evaluations; None evaluates before the first step and after the last only.
+      eval_at: further steps to evaluate at.
       log_every: steps between rows of training metrics.
       checkpoint_every: steps between checkpoints; None saves at the end only. No part of a run's identity.
       eval_examples: how many examples of each split an evaluation uses, the first ones; None uses all.
@@ -217,13 +222,23 @@ class TrainConfig(FrozenConfig):
         records it and goes on.
     """
 
-    steps: PositiveInt
+    steps: NotNegativeInt
     eval_every: PositiveInt | None = None
+    eval_at: Annotated[
+        tuple[NotNegativeInt, ...], BeforeValidator(tuple_of_list), Field(json_schema_extra={"legacy": []})
+    ] = ()
     log_every: PositiveInt = 50
     checkpoint_every: Annotated[PositiveInt | None, Field(json_schema_extra={"semantic": False})] = None
     eval_examples: PositiveInt | None = 10_000
     loss_shift: Annotated[Int, Field(ge=-32, le=32)] = 0
     on_nonfinite: Literal["stop", "continue"] = "stop"
+
+    @model_validator(mode="after")
+    def _within_the_run(self) -> "TrainConfig":
+        if self.eval_at and max(self.eval_at) > self.steps:
+            message = f"eval_at asks for step {max(self.eval_at)}, the run has {self.steps}: leave out what is past it"
+            raise located_error(("eval_at",), message, self.eval_at)
+        return self
 
 
 class RunConfig(FrozenConfig):
@@ -238,6 +253,10 @@ class RunConfig(FrozenConfig):
         nearest, "stochastic" at random, "kahan" keeps what is lost in a second 16-bit number.
       loss_scale: see `precision_lab.optim.loss_scaling`.
       seed: decides the initialisation and the order of the data, whatever the policy.
+      start: the run whose final parameters this one begins from; None initialises the model.
+      evals: further policies, by name, that the same parameters are evaluated under whenever the run is: a training
+        run with quantized weights may have `shadow: float32`, a float32 run `int4: "weight=int4@channel"`.
+      transforms: what is done to the parameters that it begins with, in this order.
     """
 
     model: AnyModel
@@ -251,13 +270,16 @@ class RunConfig(FrozenConfig):
     )
     loss_scale: AnyLossScale = NoLossScaleConfig()
     seed: Annotated[Int, Field(ge=0, lt=2**32)] = 0
+    start: Annotated[StartConfig | None, Field(json_schema_extra={"legacy": None})] = None
+    evals: Annotated[NamedPolicies, Field(json_schema_extra={"legacy": {}})] = Policies()
+    transforms: Annotated[
+        tuple[AnyTransform, ...], BeforeValidator(tuple_of_list), Field(json_schema_extra={"legacy": []})
+    ] = ()
 
     @field_validator("policy", mode="before")
     @classmethod
     def _canonical_policy(cls, value: Any) -> str:
-        if not isinstance(value, str | Policy):
-            raise ValueError(f"expected a policy such as float32 or 'params=float32,compute=bfloat16', got {value!r}")
-        return str(Policy.parse(value))
+        return canonical_policy(value)
 
     @model_validator(mode="after")
     def _fits_together(self) -> "RunConfig":
@@ -265,7 +287,7 @@ class RunConfig(FrozenConfig):
         _check_storage(self)
         _check_loss_shift(self)
         schedule = self.optim.schedule
-        if isinstance(schedule, WarmupCosineSchedule) and schedule.warmup >= self.train.steps:
+        if isinstance(schedule, WarmupCosineSchedule) and schedule.warmup >= self.train.steps > 0:
             message = f"warmup is {schedule.warmup}, train.steps only {self.train.steps}: use fewer steps of warm-up"
             raise located_error(("optim", "schedule", "warmup"), message, schedule.warmup)
         return self
@@ -323,3 +345,7 @@ def _check_loss_shift(run: RunConfig) -> None:
     if run.optim.clip_norm is not None:
         message = "loss_shift and optim.clip_norm exclude each other: the norm of shifted gradients may underflow"
         raise located_error(("train", "loss_shift"), message, run.train.loss_shift)
+
+
+StartConfig.model_rebuild()
+RunConfig.model_rebuild()

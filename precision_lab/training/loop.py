@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import jax
-import numpy as np
 
 from precision_lab import data
-from precision_lab.data import DataConfig, Dataset, Split
+from precision_lab.data import DataConfig, Dataset
+from precision_lab.training.beginning import beginning, check_beginning
 from precision_lab.training.checkpointing import Checkpoints
 from precision_lab.training.config import RunConfig
+from precision_lab.training.evaluation import check_evaluations, evaluate, under_other_policies
 from precision_lab.training.optimizer import hyper
 from precision_lab.training.program import Program, check_program, program_for
 from precision_lab.training.state import NEVER, TrainState
@@ -55,13 +56,16 @@ def check(config: RunConfig) -> None:
     """Makes sure that a run can start: traces its step, without compiling, running or writing anything.
 
     Raises:
-      ValueError: the model cannot learn the data, a rule of the policy matches no site, or a batch is larger than the
-        training split.
+      ValueError: the model cannot learn the data, a rule of a policy matches no site, a transform does not fit, or a
+        batch is larger than the training split.
       DataError: the data cannot be loaded.
     """
     dataset = _dataset(config.data)  # pyright: ignore[reportArgumentType] (frozen: hashable)
     data.batches(dataset, config.data, config.seed)
-    check_program(program_for(config, dataset.spec), config)
+    program = program_for(config, dataset.spec)
+    check_program(program, config)
+    check_beginning(program, config)
+    check_evaluations(program, config, dataset.spec)
 
 
 def train(
@@ -70,6 +74,7 @@ def train(
     checkpoint_dir: Path | None,
     sink: MetricSink,
     on_step: Callable[[int, float], None] | None = None,
+    start_from: Path | None = None,
 ) -> RunResult:
     """Trains what `config` describes, from the latest checkpoint if there is one, and returns how it ended.
 
@@ -83,6 +88,7 @@ def train(
         parameters as stored, not the masters, under the policy.
       on_step: called after every step with its number and the latest known training loss, which is fetched from the
         device only when a row is due (NaN before that).
+      start_from: folder of the checkpoints of `config.start.run`, for a run that begins from its final parameters.
 
     Raises:
       ValueError: the model cannot learn the data, a rule of the policy matches no site, or the checkpoints belong to
@@ -94,9 +100,10 @@ def train(
     batches = data.batches(dataset, config.data, config.seed)
     with Checkpoints(checkpoint_dir, config) as checkpoints:
         restored = checkpoints.restore(program.state_shapes)
-        state, metrics, bad_step = restored or (program.init(config.seed, hyper(config)), {}, NEVER)
+        begun = beginning(config, program, dataset.spec, start_from) if restored is None else None
+        state, metrics, bad_step = restored or (begun.state, {}, NEVER)  # pyright: ignore[reportOptionalMemberAccess]
         run = _Run(config, program, dataset, sink, checkpoints, metrics, bad_step)
-        return run.go(state, batches, on_step or (lambda step, loss: None), fresh=restored is None)
+        return run.go(state, batches, on_step or (lambda step, loss: None), audit=begun and begun.audit)
 
 
 class _Run:
@@ -114,6 +121,7 @@ class _Run:
     ) -> None:
         self._config = config
         self._program = program
+        self._others = under_other_policies(program, config, dataset.spec)
         self._dataset = dataset
         self._sink = sink
         self._checkpoints = checkpoints
@@ -122,11 +130,20 @@ class _Run:
         # a run that goes on from a checkpoint must not know of a bad step any earlier than one that never stopped.
         self._bad_step = bad_step
 
-    def go(self, state: TrainState, batches: Any, on_step: Callable[[int, float], None], *, fresh: bool) -> RunResult:
-        """Returns the result after training `state` to the end."""
+    def go(
+        self,
+        state: TrainState,
+        batches: Any,
+        on_step: Callable[[int, float], None],
+        *,
+        audit: Mapping[str, float] | None,
+    ) -> RunResult:
+        """Returns the result after training `state` to the end; a run from its beginning has an audit, empty or not."""
         start, steps = int(state.step), self._config.train.steps
-        self._sink.restart(-1 if fresh else start)
-        if fresh:
+        self._sink.restart(start if audit is None else -1)
+        if audit:
+            self._write(0, "start", audit)
+        if audit is not None:
             self._evaluate(0, state)
         numbers = hyper(self._config)
         done = start
@@ -136,12 +153,14 @@ class _Run:
             if self._due(done, self._config.train.log_every):
                 self._log(done, measured)
             last = done == steps or self._stops()
-            if last or self._due(done, self._config.train.eval_every):
+            if last or done in self._config.train.eval_at or self._due(done, self._config.train.eval_every):
                 self._evaluate(done, state)
                 last = last or self._stops()
             if last or self._due(done, self._config.train.checkpoint_every):
                 self._checkpoints.save(done, state, self._metrics, self._bad_step)
             on_step(done, self._metrics.get("train/loss", math.nan))
+        if steps == 0:
+            self._checkpoints.save(0, state, self._metrics, self._bad_step)
         return self._result(done)
 
     def _due(self, done: int, every: int | None) -> bool:
@@ -168,11 +187,13 @@ class _Run:
         self._write(done, "train", values)
 
     def _evaluate(self, done: int, state: TrainState) -> None:
-        """Writes a row for the held-out split and one for the training split."""
+        """Writes a row for the held-out split, one for the training split, and one for each further policy."""
         limit = self._config.train.eval_examples
-        for name in ("eval", "eval_train"):
-            split = getattr(self._dataset, name)
-            self._write(done, name, evaluate(self._program, state, split, self._eval_batch(), limit))
+        programs = {name: (name, self._program) for name in ("eval", "eval_train")}
+        programs |= {f"eval_{name}": ("eval", one) for name, one in self._others.items()}
+        for name, (split, program) in programs.items():
+            values = evaluate(program, state, getattr(self._dataset, split), self._eval_batch(), limit)
+            self._write(done, name, values)
 
     def _eval_batch(self) -> int:
         """Returns how many examples to evaluate at once: of text no more than training does, its logits are large."""
@@ -182,29 +203,6 @@ class _Run:
     def _write(self, done: int, split: str, values: Mapping[str, float]) -> None:
         self._sink.write({"step": done, "split": split, **values})
         self._metrics.update({f"{split}/{name}": float(value) for name, value in values.items()})
-
-
-def evaluate(
-    program: Program, state: TrainState, split: Split, batch: int, limit: int | None = None
-) -> dict[str, float]:
-    """Returns the mean "loss" (nats) and "accuracy" over the first `limit` examples of `split`, all if None.
-
-    Args:
-      program: what trains the run.
-      state: whose parameters to evaluate.
-      split: examples.
-      batch: how many to evaluate at once; the last batch is padded, so that there is one shape to compile.
-      limit: how many examples to use.
-    """
-    size = len(split) if limit is None else min(limit, len(split))
-    sums = []
-    for start in range(0, size, batch):
-        indices = np.arange(start, start + batch)
-        weights = (indices < size).astype(np.int32)
-        sums.append(program.evaluate(state, split.take(np.minimum(indices, size - 1)), weights))
-    fetched = jax.device_get(sums)
-    loss, correct, weight = (sum(part[name].item() for part in fetched) for name in ("loss", "correct", "weight"))
-    return {"loss": loss / weight, "accuracy": correct / weight}
 
 
 @functools.lru_cache(maxsize=2)

@@ -27,6 +27,7 @@ from precision_lab.optim import (
 from precision_lab.policy import Policy
 from precision_lab.training.config import ConstantSchedule, RunConfig, TrainConfig
 from precision_lab.training.optimizer import Hyper, build_optimizer, hyper
+from precision_lab.training.start import Policies
 from precision_lab.training.state import NEVER, TrainState
 
 _PROGRAMS_KEPT = 64
@@ -36,13 +37,17 @@ class Program(NamedTuple):
     """Jitted functions of one static config.
 
     Attributes:
-      init: (seed, hyper) -> TrainState. Parameters depend on the seed and the model alone, not on the policy.
+      fresh: seed -> (params, model_state), float32. They depend on the seed and the model alone, not on the policy.
+      start: (params, model_state, hyper) -> TrainState before the first step.
+      init: (seed, hyper) -> TrainState, `start` of what is `fresh`.
       step: (state, batch, hyper) -> (state, metrics), donating the state; metrics are float32 and int32 scalars.
       evaluate: (state, batch, weights) -> sums over the batch of weighted "loss", "correct", and of "weight".
       state_shapes: the state as ShapeDtypeStructs.
       batch_shapes: a training batch as ShapeDtypeStructs.
     """
 
+    fresh: Callable[[Any], tuple[Any, Any]]
+    start: Callable[[Any, Any, Hyper], TrainState]
     init: Callable[[int, Hyper], TrainState]
     step: Any
     evaluate: Any
@@ -61,14 +66,12 @@ def program_for(config: RunConfig, spec: DataSpec) -> Program:
 
 def static_part(config: RunConfig) -> RunConfig:
     """Returns `config` with everything at a fixed value that the compiled functions do not depend on."""
-    steps = 1 if isinstance(config.optim.schedule, ConstantSchedule) else config.train.steps
-    return config.model_copy(
-        update={
-            "seed": 0,
-            "optim": config.optim.model_copy(update={"lr": 1.0}),
-            "train": TrainConfig(steps=steps),
-        }
-    )
+    optim = config.optim.model_copy(update={"lr": 1.0})
+    if config.train.steps == 0:  # Nothing is trained, and a schedule of no steps cannot be built.
+        optim = optim.model_copy(update={"schedule": ConstantSchedule()})
+    steps = 1 if isinstance(optim.schedule, ConstantSchedule) else config.train.steps
+    beginning = {"start": None, "evals": Policies(), "transforms": ()}
+    return config.model_copy(update={"seed": 0, "optim": optim, "train": TrainConfig(steps=steps), **beginning})
 
 
 def check_program(program: Program, config: RunConfig) -> None:
@@ -82,7 +85,7 @@ def check_program(program: Program, config: RunConfig) -> None:
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == before, "a step must keep shapes and dtypes"
 
 
-class _Model(NamedTuple):
+class Model(NamedTuple):
     """A model under its policy, without its arrays."""
 
     train: nnx.GraphDef
@@ -92,7 +95,7 @@ class _Model(NamedTuple):
 @functools.lru_cache(maxsize=_PROGRAMS_KEPT)
 def _build(config: RunConfig, spec: DataSpec) -> Program:
     policy = Policy.parse(config.policy)
-    model = _model_under(config.model, spec, policy)
+    model = model_under(config.model, spec, policy)
     fresh = _initializer(config.model, spec)  # pyright: ignore[reportArgumentType]
     start = jax.jit(functools.partial(_start, config, policy))
 
@@ -103,21 +106,23 @@ def _build(config: RunConfig, spec: DataSpec) -> Program:
 
     numbers = hyper(config)
     return Program(
+        fresh=fresh,
+        start=start,
         init=init,
         step=jax.jit(functools.partial(_step, config, model), donate_argnums=0),
-        evaluate=jax.jit(functools.partial(_evaluate, model)),
+        evaluate=jax.jit(functools.partial(evaluate_batch, model)),
         state_shapes=jax.eval_shape(init, 0, numbers),
         batch_shapes=_batch_shapes(spec, config.data.batch),
     )
 
 
-def _model_under(config: ModelConfig, spec: DataSpec, policy: Policy) -> _Model:
+def model_under(config: ModelConfig, spec: DataSpec, policy: Policy) -> Model:
     """Returns the definition of the model under `policy`, for training and for evaluation."""
     model = apply_policy(nnx.eval_shape(lambda: models.build(config, spec, 0)), policy)
     model.train()
     train = nnx.split(model)[0]
     model.eval()
-    return _Model(train, nnx.split(model)[0])
+    return Model(train, nnx.split(model)[0])
 
 
 @functools.lru_cache(maxsize=_PROGRAMS_KEPT)
@@ -149,7 +154,7 @@ def _start(
 
 
 def _step(
-    config: RunConfig, model: _Model, state: TrainState, batch: Mapping[str, jax.Array], numbers: Hyper
+    config: RunConfig, model: Model, state: TrainState, batch: Mapping[str, jax.Array], numbers: Hyper
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Returns the state after one update, and what there is to say about it."""
 
@@ -195,10 +200,13 @@ def _metrics(
     }
 
 
-def _evaluate(
-    model: _Model, state: TrainState, batch: Mapping[str, jax.Array], weights: jax.Array
+def evaluate_batch(
+    model: Model, state: TrainState, batch: Mapping[str, jax.Array], weights: jax.Array
 ) -> dict[str, jax.Array]:
-    """Returns sums over a batch whose examples count as `weights` (batch,) says: 1, or 0 for padding."""
+    """Returns sums over a batch whose examples count as `weights` (batch,) says: 1, or 0 for padding.
+
+    Of "loss", "correct" (the largest logit is the target's), "nonfinite" (the loss is not finite), and "weight".
+    """
     called = nnx.merge(model.eval, state.params, state.model_state)
     logits = called(batch["inputs"])  # type: ignore[operator]
     losses = cross_entropy(logits, batch["targets"])
@@ -207,6 +215,7 @@ def _evaluate(
     return {
         "loss": jnp.sum(jnp.where(counts > 0, losses, 0)),
         "correct": jnp.sum(hits & (counts > 0)),
+        "nonfinite": jnp.sum(~jnp.isfinite(losses) & (counts > 0)),
         "weight": jnp.sum(counts),
     }
 

@@ -22,6 +22,7 @@ def train(
     checkpoint_dir: Path | None,
     sink: MetricSink,
     on_step: Callable[[int, float], None] | None = None,
+    start_from: Path | None = None,
 ) -> RunResult:
     """Executes the run that `config` describes, and returns how it ended; see `loop.train`.
 
@@ -29,7 +30,7 @@ def train(
     killed; numbers that are not finite are results like others.
     """
     if isinstance(config, RunConfig):
-        return loop.train(config, checkpoint_dir=checkpoint_dir, sink=sink, on_step=on_step)
+        return loop.train(config, checkpoint_dir=checkpoint_dir, sink=sink, on_step=on_step, start_from=start_from)
     sink.restart(-1)
     measured = PROBES.builder(config.probe)(config.probe, config.seed)
     sink.write({"step": 1, "split": "probe", **measured})

@@ -1,13 +1,23 @@
 """Quantizers as data: strings, equality by meaning, and what is refused."""
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from precision_lab import formats
 from precision_lab.formats import ROUNDINGS
-from precision_lab.quant import CALIBRATIONS, ESTIMATORS, SCHEMES, Granularity, Quantizer, granularity, quantizer
+from precision_lab.quant import (
+    CALIBRATIONS,
+    ESTIMATORS,
+    SCHEMES,
+    Granularity,
+    Quantizer,
+    fake_quantize,
+    granularity,
+    quantizer,
+)
 
 FORMATS = ["int4", "int8", "uint8", "float8_e4m3fn", "e3m2", "fixed8.4", "nf4", "ternary", "mxfp4:rceil", "bfloat16"]
 
@@ -118,3 +128,22 @@ def test_runs_follow_the_contracted_axis():
         Granularity("channel").runs(shape, None)
     with pytest.raises(ValueError, match="names no axes"):
         Granularity("channel").runs(shape, 4)
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
+def test_a_clamped_cast_takes_what_is_too_large_as_the_largest_value(name):
+    largest = float(formats.format(name).max)
+    x = np.float32([1.5, -largest, 3.4e38, np.inf, -np.inf, np.nan])
+
+    clamped = np.asarray(fake_quantize(x, f"{name},clamped"))
+
+    np.testing.assert_array_equal(clamped[:5], [1.5, -largest, largest, largest, -largest])
+    assert np.isnan(clamped[5])
+    inside = np.float32(np.random.default_rng(0).normal(size=100))
+    np.testing.assert_array_equal(fake_quantize(inside, f"{name},clamped"), fake_quantize(inside, f"{name},unscaled"))
+
+
+@pytest.mark.parametrize("spec", ["int4,clamped", "nf4,clamped", "float6_e3m2fn,clamped", "float16@channel,clamped"])
+def test_a_clamped_cast_of_what_has_nothing_beyond_its_largest_value_is_refused(spec):
+    with pytest.raises(ValueError, match="clamped"):
+        quantizer(spec)

@@ -43,6 +43,7 @@ class FakeTraining:
       last_loss: by compute dtype, a value to report at the last step instead.
       refused: by compute dtype, what `check` complains about.
       trained: the runs that were trained, as (compute dtype, seed, first step).
+      starts: of each of them the folder of checkpoints that it was to begin from.
     """
 
     failures: dict[str, BaseException] = field(default_factory=dict)
@@ -51,14 +52,16 @@ class FakeTraining:
     refused: dict[str, str] = field(default_factory=dict)
     die_at: int = 7
     trained: list[tuple[str, int, int]] = field(default_factory=list)
+    starts: list[Path | None] = field(default_factory=list)
 
     def check(self, config) -> None:
         """Refuses what the test wants refused."""
         if compute_dtype(config) in self.refused:
             raise ValueError(self.refused[compute_dtype(config)])
 
-    def train(self, config, *, checkpoint_dir: Path, sink, on_step=None):
+    def train(self, config, *, checkpoint_dir: Path, sink, on_step=None, start_from: Path | None = None):
         """Writes the rows of a run, saving every four steps, going on from what was saved."""
+        self.starts.append(start_from)
         kind, saved = compute_dtype(config), checkpoint_dir / "step.json"
         start = json.loads(saved.read_text()) if saved.exists() else 0
         self.trained.append((kind, config.seed, start))

@@ -33,7 +33,7 @@ def errors(**changes):
         ({"loss_scale": {"kind": "static", "scale": 1e39}}, ("loss_scale", "scale"), "less than"),
         ({"loss_scale": {"kind": "dynamic", "min": 4.0, "init": 2.0}}, ("loss_scale", "init"), "min <= init <= max"),
         ({"loss_scale": False}, ("loss_scale",), "expected a mapping with a 'kind'"),
-        ({"train": {"steps": 0}}, ("train", "steps"), "greater than or equal to 1"),
+        ({"train": {"steps": -1}}, ("train", "steps"), "greater than or equal to 0"),
         ({"train": {"steps": True}}, ("train", "steps"), "valid integer"),
         ({"train": {"steps": 1, "on_nonfinite": "skip"}}, ("train", "on_nonfinite"), "'stop' or 'continue'"),
         ({"policy": None}, ("policy",), "expected a policy such as float32"),

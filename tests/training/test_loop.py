@@ -49,7 +49,7 @@ def test_the_result_holds_the_latest_value_of_every_metric():
         *("step", "split", "loss", "grad_norm", "zero_grad_fraction", "unchanged_fraction"),
         *("loss_scale", "skipped_steps"),
     }
-    assert set(sink.of("eval")[20]) == {"step", "split", "loss", "accuracy"}
+    assert set(sink.of("eval")[20]) == {"step", "split", "loss", "accuracy", "nonfinite_fraction"}
 
 
 def test_training_learns_the_digits():

@@ -1,0 +1,61 @@
+"""Runs that begin where another run ended: where they find it, and what if it has not ended well."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from filelock import FileLock
+
+from precision_lab.runner.identity import run_id
+from precision_lab.runner.rundir import BusyError, RunDir
+from precision_lab.training.config import RunConfig
+
+
+class StartError(Exception):
+    """The run that another begins from has no final parameters."""
+
+
+def parent_of(run: RunDir, config: RunConfig) -> RunDir | None:
+    """Returns the directory, beside that of a run, of the run that it begins from."""
+    start = getattr(config, "start", None)  # a probe has none
+    return None if start is None or start.run is None else RunDir(run.path.parent / run_id(start.run))
+
+
+def await_parent(run: RunDir, config: RunConfig, *, wait: bool) -> None:
+    """Makes sure that no other process is executing the run that a run begins from.
+
+    Raises:
+      BusyError: one is, and `wait` is false.
+    """
+    parent = parent_of(run, config)
+    if parent is None or not parent.is_locked():
+        return
+    if not wait:
+        raise BusyError(run.id)
+    with FileLock(parent.path / "lock"):
+        return
+
+
+def start_from(run: RunDir, config: RunConfig) -> dict[str, Any]:
+    """Returns the argument with which `training.train` finds the final parameters that a run begins from.
+
+    Raises:
+      StartError: the run that has them is not done.
+    """
+    parent = parent_of(run, config)
+    if parent is None:
+        return {}
+    status = parent.status()
+    if status["state"] != "done":
+        assert config.start is not None
+        name = f"arm {config.start.arm!r}" if config.start.arm else "a run"
+        raise StartError(f"it starts from {name}, which {_trouble(status)} ({parent.id}).")
+    return {"start_from": parent.checkpoints}
+
+
+def _trouble(status: Mapping[str, Any]) -> str:
+    """Returns what kept a run from its end, in words."""
+    if status["state"] == "diverged":
+        return f"diverged at step {status.get('step')}"
+    if status["state"] == "failed":
+        return f"failed: {status.get('error')}"
+    return {"queued": "has not run"}.get(status["state"], f"is {status['state']}")

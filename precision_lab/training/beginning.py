@@ -1,0 +1,70 @@
+"""The state in which a run begins: initialised from its seed, or with the final parameters of another run."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from precision_lab.models import DataSpec
+from precision_lab.optim import full_precision
+from precision_lab.training.checkpointing import Checkpoints
+from precision_lab.training.config import RunConfig
+from precision_lab.training.optimizer import hyper
+from precision_lab.training.program import Program, program_for
+from precision_lab.training.state import TrainState
+from precision_lab.training.transforming import transformed
+
+
+class Beginning(NamedTuple):
+    """The state before the first step, and what the audit of stored parameters counted; see `AUDITED`."""
+
+    state: TrainState
+    audit: dict[str, float]
+
+
+def beginning(config: RunConfig, program: Program, spec: DataSpec, start_from: Path | None) -> Beginning:
+    """Returns how a run begins.
+
+    Args:
+      config: the run.
+      program: what trains it.
+      spec: what its data asks of the model.
+      start_from: folder of the checkpoints of the run that it begins from, if any.
+
+    Raises:
+      ValueError: the run begins from another whose final parameters are not there, or a transform does not fit.
+    """
+    if config.start is None and not config.transforms:
+        return Beginning(program.init(config.seed, hyper(config)), {})
+    fresh = program.fresh(jnp.asarray(config.seed, jnp.uint32)) if config.start is None else None
+    params, model_state = fresh or _final_parameters(config, spec, start_from)
+    params, audit = transformed(params, config.transforms, config.seed)
+    return Beginning(program.start(params, model_state, hyper(config)), audit)
+
+
+def check_beginning(program: Program, config: RunConfig) -> None:
+    """Raises ValueError if a transform does not fit the model."""
+    if config.transforms:
+        shapes, _ = jax.eval_shape(program.fresh, jax.ShapeDtypeStruct((), jnp.uint32))
+        transformed(jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes), config.transforms, config.seed)
+
+
+def _final_parameters(config: RunConfig, spec: DataSpec, folder: Path | None) -> tuple[Any, Any]:
+    """Returns the parameters, masters in float32, and the other state with which the run before ended."""
+    assert config.start is not None
+    parent = config.start.run
+    if parent is None:
+        raise ValueError(
+            f"start names arm '{config.start.arm}', which only an experiment can look up; give start.run, its config."
+        )
+    if folder is None:
+        raise ValueError("a run with start begins from another run's checkpoints: give their folder as start_from.")
+    with Checkpoints(folder, parent) as checkpoints:
+        restored = checkpoints.restore(program_for(parent, spec).state_shapes)
+    if restored is None or int(restored.state.step) != parent.train.steps:
+        found = "none" if restored is None else f"one of step {int(restored.state.step)}"
+        raise ValueError(f"the run that this one starts from left no last checkpoint in '{folder}', but {found}.")
+    state: TrainState = restored.state
+    params = full_precision(state.params, state.opt_state) if parent.master_weights else state.params
+    return jax.tree.map(lambda x: x.astype("float32"), params), state.model_state

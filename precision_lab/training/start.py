@@ -1,0 +1,57 @@
+"""Where a run begins, as data, and under what else it is evaluated. JAX is not imported here."""
+
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from precision_lab.models.fields import Bool, FrozenConfig
+from precision_lab.policy import Policy
+
+if TYPE_CHECKING:
+    from precision_lab.training.config import RunConfig
+
+
+class StartConfig(FrozenConfig):
+    """The run whose final parameters a run begins from; its optimizer starts afresh.
+
+    Parameters that have float32 masters begin from those, all others as they were stored.
+
+    Attributes:
+      arm: in an experiment, the arm that the other run belongs to; the seed is the same. No part of any identity.
+      run: the other run itself, which an experiment fills in.
+      merge: add the adapters that the other run trained (`lora`) to the weights that they stood beside.
+    """
+
+    arm: Annotated[str, Field(json_schema_extra={"semantic": False})] = ""
+    run: Optional["RunConfig"] = None
+    merge: Bool = False
+
+
+class Policies(dict[str, str]):
+    """Policies by name, hashable so that a config with them is."""
+
+    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return hash(tuple(sorted(self.items())))
+
+
+def _canonical(policies: Any) -> Any:
+    """Returns policies as their canonical strings."""
+    if not isinstance(policies, dict):
+        raise ValueError(f"expected names with a policy each, such as int4: 'weight=int4@channel', got {policies!r}")
+    return {str(name): canonical_policy(policy) for name, policy in policies.items()}
+
+
+def canonical_policy(value: Any) -> str:
+    """Returns a policy as its canonical string.
+
+    Raises:
+      ValueError: it is none.
+    """
+    if not isinstance(value, str | Policy):
+        raise ValueError(f"expected a policy such as float32 or 'params=float32,compute=bfloat16', got {value!r}")
+    return str(Policy.parse(value))
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.@+-]*$", max_length=64)]
+NamedPolicies = Annotated[dict[Name, str], BeforeValidator(_canonical), AfterValidator(Policies)]
+"""Field type: policies by name."""

@@ -1,0 +1,151 @@
+"""Changes of weights that leave the function as it is, and audits of what a narrow format loses."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from precision_lab.nn.transforms import Norm, Pair, inject_norm_outliers, rescale_pair, store_as
+from precision_lab.ptq.equalization import equalize
+
+BITS = np.random.default_rng(0)
+
+
+def pair(bias=True, seed=0):
+    rng = np.random.default_rng(seed)
+    first, second, b = rng.normal(size=(5, 7)), rng.normal(size=(7, 3)), rng.normal(size=7)
+    return Pair(*(np.float32(x) for x in (first, second)), np.float32(b) if bias else None)
+
+
+def function(p, x):
+    """relu(x first + bias) second, in the arithmetic of float32."""
+    hidden = np.float32(x) @ np.asarray(p.first) + (0 if p.bias is None else np.asarray(p.bias))
+    return np.maximum(hidden, 0) @ np.asarray(p.second)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_powers_of_two_around_a_relu_change_no_bit_of_the_result(bias):
+    x, exponents = np.random.default_rng(1).normal(size=(11, 5)), BITS.integers(-30, 31, 7)
+
+    moved = rescale_pair(pair(bias), exponents)
+
+    np.testing.assert_array_equal(function(moved, x), function(pair(bias), x))
+    np.testing.assert_array_equal(moved.first, np.ldexp(pair().first, exponents))
+
+
+def test_equalization_gives_both_layers_the_geometric_mean_of_their_ranges():
+    p = pair()
+
+    equal = equalize(p)
+
+    r1, r2 = np.abs(np.float64(p.first)).max(axis=0), np.abs(np.float64(p.second)).max(axis=1)
+    np.testing.assert_allclose(np.abs(equal.first).max(axis=0), np.sqrt(r1 * r2), rtol=1e-6)
+    np.testing.assert_allclose(np.abs(equal.second).max(axis=1), np.sqrt(r1 * r2), rtol=1e-6)
+    np.testing.assert_allclose(equal.bias / p.bias, np.sqrt(r2 / r1), rtol=1e-6)
+    x = np.random.default_rng(1).normal(size=(11, 5))
+    np.testing.assert_allclose(function(equal, x), function(p, x), atol=1e-5)
+
+
+def test_equalization_undoes_a_rescaling():
+    exponents = BITS.integers(-8, 9, size=7)
+
+    undone = equalize(rescale_pair(pair(), exponents))
+
+    np.testing.assert_allclose(undone.first, equalize(pair()).first, rtol=1e-6)
+    np.testing.assert_allclose(undone.second, equalize(pair()).second, rtol=1e-6)
+
+
+def test_units_that_are_not_made_or_not_read_are_left_alone():
+    p = pair()
+    first, second = p.first.copy(), p.second.copy()
+    first[:, 2], second[4] = 0, 0
+
+    equal = equalize(Pair(first, second))
+
+    np.testing.assert_array_equal(equal.second[2], second[2])
+    np.testing.assert_array_equal(np.asarray(equal.first)[:, 4], first[:, 4])
+
+
+def test_outliers_of_a_norm_are_undone_by_the_kernels_that_read_it():
+    rng = np.random.default_rng(0)
+    gain, bias, x = (np.float32(rng.normal(size=size)) for size in (8, 8, (20, 8)))
+    kernels = tuple(np.float32(rng.normal(size=(8, out))) for out in (3, 4))
+
+    grown = inject_norm_outliers(Norm(gain, bias, kernels), [1, 6], 100.0)
+
+    before, after = x * gain + bias, x * np.asarray(grown.gain) + np.asarray(grown.bias)
+    np.testing.assert_allclose(after / before, np.where(np.isin(np.arange(8), [1, 6]), 100, 1) + 0 * x, rtol=1e-5)
+    for old, new in zip(kernels, grown.kernels, strict=True):
+        np.testing.assert_allclose(after @ np.asarray(new), before @ old, atol=1e-5)
+
+
+def test_outliers_by_a_power_of_two_change_no_bit():
+    norm = Norm(np.float32([1.1, 0.3]), np.float32([0.7, 0.1]), (np.float32([[1.3], [0.9]]),))
+    x = np.float32(BITS.normal(size=(50, 2)))
+
+    grown = inject_norm_outliers(norm, [0], 64.0)
+
+    np.testing.assert_array_equal(
+        (x * np.asarray(grown.gain) + np.asarray(grown.bias)) @ np.asarray(grown.kernels[0]),
+        (x * norm.gain + norm.bias) @ norm.kernels[0],
+    )
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
+def test_an_audit_counts_what_a_cast_of_ml_dtypes_loses(name):
+    x = np.float32(np.ldexp(BITS.uniform(1, 2, 4000), BITS.integers(-140, 128, 4000)) * BITS.choice([-1, 1], 4000))
+    x = np.append(x, np.float32([0.0, -0.0, np.inf, np.nan, 3.4e38]))
+    dtype = np.dtype(getattr(ml_dtypes, name, name))
+    with np.errstate(over="ignore"):
+        cast = x.astype(dtype).astype(np.float32)
+
+    stored, audit = store_as(x, name)
+
+    np.testing.assert_array_equal(stored, cast)
+    finite = np.isfinite(x)
+    tiny = float(ml_dtypes.finfo(dtype).smallest_normal)
+    assert audit == (
+        np.sum(finite & ~np.isfinite(cast)),
+        np.sum(finite & (x != 0) & (cast == 0)),
+        np.sum((cast != 0) & (np.abs(cast) < tiny)),
+        x.size,
+    )
+    assert audit.overflow > 0
+    assert audit.subnormal > 0
+
+
+def test_clamping_stores_the_largest_number_and_counts_the_same():
+    x = np.float32([1e6, -1e6, 65519.0, 1.0, np.inf])
+
+    clamped, audit = store_as(x, "float16", clamp=True)
+
+    np.testing.assert_array_equal(clamped, np.float32([65504, -65504, 65504, 1, np.inf]))
+    assert audit == store_as(x, "float16")[1] == (2, 0, 0, 5)
+
+
+def test_what_has_no_largest_number_beyond_which_it_overflows_saturates_and_is_counted():
+    stored, audit = store_as(np.float32([100.0, 1.0]), "float4_e2m1fn")
+
+    np.testing.assert_array_equal(stored, [6, 1])
+    assert audit.overflow == 1
+
+
+def norm_read_by(rows):
+    return Norm(np.ones(3), None, (np.ones((rows, 2)),))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: store_as(np.float32([1.0]), "int8"), "needs a scale; quantize"),
+        (lambda: rescale_pair(pair(), np.zeros(6, int)), r"factors \(hidden,\); got"),
+        (lambda: equalize(Pair(np.ones((2, 3)), np.ones((4, 2)))), "expected kernels"),
+        (
+            lambda: inject_norm_outliers(Norm(np.ones(3), None, (np.ones((4, 2)),)), [0], 2.0),
+            r"as many rows, got \[4\]",
+        ),
+        (lambda: inject_norm_outliers(Norm(np.ones(3), None, (np.ones((3, 2)),)), [0], 0.0), "positive number"),
+    ],
+)
+def test_what_does_not_fit_is_refused(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()

@@ -1,0 +1,126 @@
+"""Arms that begin where another arm ended."""
+
+import pytest
+
+from precision_lab import runner
+from precision_lab.runner.identity import run_id
+from precision_lab.runner.rundir import RunDir
+from precision_lab.runner.summary import varied
+from tests.runner.fakes import EXPERIMENT
+
+CHAIN = {
+    **EXPERIMENT,
+    "arms": {
+        "last": {"start": {"arm": "middle"}, "policy": "bfloat16_mixed"},
+        "middle": {"start": {"arm": "first"}, "policy": "float16_mixed"},
+        "first": {"train": {"steps": 8}},
+    },
+    "seeds": [0, 1],
+    "baseline": "first",
+    "claims": [],
+}
+
+
+def load(arms, **changes):
+    return runner.load({**CHAIN, "baseline": "", "arms": arms, **changes})
+
+
+def run(experiment=CHAIN, **options):
+    said = []
+    return runner.run(experiment, say=said.append, **options), said
+
+
+def test_a_run_holds_the_whole_run_that_it_begins_from_at_its_own_seed():
+    runs = runner.load(CHAIN).runs
+
+    assert runs["last"][1].start.run == runs["middle"][1]
+    assert runs["middle"][1].start.run == runs["first"][1]
+    assert runs["first"][1].seed == 1
+    longer = runner.load({**CHAIN, "arms": {**CHAIN["arms"], "first": {"train": {"steps": 9}}}}).runs
+    assert run_id(longer["last"][1]) != run_id(runs["last"][1])
+
+
+def test_runs_come_after_those_they_begin_from_and_find_their_checkpoints(training, tmp_path):
+    results, _ = run()
+
+    assert [kind for kind, _, _ in training.trained] == ["float32", "float16", "bfloat16"] * 2
+    ids = {(one.arm, one.seed): one.run_id for one in results.trials}
+    folders = [path and (path.parent.name, path.name) for path in training.starts]
+    assert folders == [
+        folder
+        for seed in (0, 1)
+        for folder in (None, (ids["first", seed], "checkpoints"), (ids["middle", seed], "checkpoints"))
+    ]
+
+
+def test_the_resolved_configuration_of_a_run_reads_back_as_the_same_run(training):
+    results, _ = run()
+
+    for one in results.trials:
+        assert run_id(RunDir(one.path).config()) == one.run_id
+
+
+def test_choosing_an_arm_chooses_those_it_starts_from(training):
+    results, _ = run(arms=["middle"], seeds=[1])
+
+    assert sorted(results.experiment.arms) == ["first", "middle"]
+    assert [kind for kind, _, _ in training.trained] == ["float32", "float16"]
+
+
+@pytest.mark.parametrize(
+    ("breaks", "words"),
+    [
+        ({"failures": {"float16": RuntimeError("out of paper")}}, "failed: RuntimeError: out of paper"),
+        ({"diverging": {"float16"}}, "diverged at step 7"),
+    ],
+)
+def test_what_begins_from_a_run_that_did_not_end_well_fails_and_says_so(training, breaks, words):
+    for name, value in breaks.items():
+        setattr(training, name, value)
+
+    results, _ = run(seeds=[0])
+
+    assert results.trial("last", 0).state == "failed"
+    assert f"it starts from arm 'middle', which {words}" in results.trial("last", 0).error
+    assert "bfloat16" not in {kind for kind, _, _ in training.trained}
+
+
+@pytest.mark.parametrize(
+    ("arms", "words"),
+    [
+        ({"a": {}, "b": {"start": {"arm": "aa"}}}, "arms.b.start.arm: no arm 'aa'; did you mean 'a'?"),
+        ({"a": {"start": {"arm": "b"}}, "b": {"start": {"arm": "a"}}}, "start from one another: a -> b -> a"),
+        ({"a": {"start": {"arm": "a"}}}, "start from one another: a -> a"),
+        ({"a": {}, "b": {"start": {}}}, "give start.arm"),
+        ({"a": {}, "b": {"start": {"arm": "a"}, "model": {"hidden": [5]}}}, "trains another model"),
+        ({"a": {"data": "mnist"}, "b": {"start": {"arm": "a"}}}, "learns data of another shape"),
+    ],
+)
+def test_a_start_that_cannot_be_is_refused_where_it_was_written(arms, words):
+    with pytest.raises(ValueError, match=r"start") as caught:
+        load(arms, claims=[])
+
+    assert words in str(caught.value)
+
+
+def test_a_start_that_all_arms_share_can_be_switched_off_in_one():
+    experiment = load({"a": {"start": None}, "b": {}}, start={"arm": "a"}, claims=[])
+
+    assert experiment.runs["a"][0].start is None
+    assert experiment.runs["b"][0].start.run == experiment.runs["a"][0]
+
+
+def test_reports_name_the_arm_in_place_of_its_configuration(training):
+    results, _ = run(seeds=[0])
+
+    assert varied(results)["middle"]["start.arm"] == "first"
+    assert not any("run" in key for changes in varied(results).values() for key in changes)
+
+
+def test_a_run_of_no_steps_logs_evaluations_under_each_policy_and_no_training():
+    arms = {"a": {}, "b": {"start": {"arm": "a"}, "train": {"steps": 0}, "evals": {"int4": "weight=int4@channel"}}}
+
+    known = load(arms, claims=[]).known_metrics(["b"])
+
+    assert "eval_int4/loss" in known
+    assert not any(name.startswith("train/") for name in known)
