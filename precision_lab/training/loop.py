@@ -19,7 +19,7 @@ from precision_lab import data
 from precision_lab.data import DataConfig, Dataset, Split
 from precision_lab.training.checkpointing import Checkpoints
 from precision_lab.training.config import RunConfig
-from precision_lab.training.optimizer import hyper
+from precision_lab.training.numbers import hyper
 from precision_lab.training.program import Program, check_program, program_for
 from precision_lab.training.state import NEVER, TrainState
 
