@@ -83,6 +83,7 @@ def check(
 ) -> None:
     """Validate an experiment and count its runs, without compiling or writing anything."""
     from precision_lab import runner
+    from precision_lab.runner.groups import describe, groups
     from precision_lab.runner.summary import change_text, varied
     from precision_lab.runner.terminal import text_table
 
@@ -99,11 +100,14 @@ def check(
         for arm in experiment.arms
     ]
     finished = sum(one.run.status()["state"] in {"done", "diverged"} for one in planned)
+    found = groups(experiment)
     data = {"experiment": experiment.name, "runs": len(planned), "finished": finished, "arms": rows}
+    data["programs"] = [{"arms": one.arms, "runs": one.runs, "reason": one.reason} for one in found]
     cells = [(row["arm"], change_text(row["changes"]) or "(baseline)", " ".join(_states(row["runs"]))) for row in rows]
     show(text_table(["arm", "differs from the baseline in", "seeds"], cells), data, as_json=json)
     if not json:
         typer.echo(f"{experiment.name}: {len(planned)} runs, {finished} of them finished; the configuration is valid.")
+        typer.echo(describe(found))
 
 
 def _states(runs: dict[str, Any]) -> list[str]:
