@@ -98,6 +98,7 @@ def check(
 def _show_plan(experiment: "ExperimentConfig", out: Path, *, as_json: bool) -> None:
     """Prints what running an experiment would mean, after making sure that every arm can start."""
     from precision_lab import runner
+    from precision_lab.runner.groups import describe, groups
     from precision_lab.runner.planning import outlook
     from precision_lab.runner.summary import change_text, varied
     from precision_lab.runner.terminal import text_table
@@ -113,11 +114,13 @@ def _show_plan(experiment: "ExperimentConfig", out: Path, *, as_json: bool) -> N
         }
         for arm in experiment.arms
     ]
+    found = groups(experiment)
     data = {"experiment": experiment.name, **plan.to_dict(), "axes": experiment.axes, "arms": rows}
+    data["programs"] = [{"arms": one.arms, "runs": one.runs, "reason": one.reason} for one in found]
     cells = [(row["arm"], change_text(row["changes"]) or "(baseline)", " ".join(_states(row["runs"]))) for row in rows]
     show(text_table(["arm", "differs from the baseline in", "seeds"], cells), data, as_json=as_json)
     if not as_json:
-        typer.echo("\n".join(plan.sentences()))
+        typer.echo("\n".join([*plan.sentences(), describe(found)]))
 
 
 def _states(runs: dict[str, Any]) -> list[str]:

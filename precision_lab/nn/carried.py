@@ -12,6 +12,7 @@ from precision_lab.rewrite import Adapter
 
 SCALES = "quantization_scales"  # attribute of a converted NNX model, collection of a Linen model
 LORA, LORA_FACTOR = "lora_adapters", "lora_factor"  # likewise: adapters by path, and the one factor of them all
+NUMBERS = "quantizer_numbers"  # attribute of an NNX model: numbers of its quantizers, by setting
 # Of each site and operand: its scale, and its zero point where there is one.
 Scales = dict[str, dict[str, dict[str, jax.Array]]]
 

@@ -10,7 +10,7 @@ from precision_lab.models import DataSpec
 from precision_lab.optim import full_precision
 from precision_lab.training.checkpointing import Checkpoints
 from precision_lab.training.config import RunConfig
-from precision_lab.training.optimizer import hyper
+from precision_lab.training.numbers import hyper
 from precision_lab.training.program import Program, program_for
 from precision_lab.training.state import TrainState
 from precision_lab.training.transforming import transformed
@@ -37,10 +37,11 @@ def beginning(config: RunConfig, program: Program, spec: DataSpec, start_from: P
     """
     if config.start is None and not config.transforms:
         return Beginning(program.init(config.seed, hyper(config)), {})
-    fresh = program.fresh(jnp.asarray(config.seed, jnp.uint32)) if config.start is None else None
+    root = jnp.asarray(config.seed, jnp.uint32)
+    fresh = program.fresh(root) if config.start is None else None
     params, model_state = fresh or _final_parameters(config, spec, start_from)
     params, audit = transformed(params, config.transforms, config.seed)
-    return Beginning(program.start(params, model_state, hyper(config)), audit)
+    return Beginning(program.start(params, model_state, hyper(config), root), audit)
 
 
 def check_beginning(program: Program, config: RunConfig) -> None:

@@ -11,7 +11,8 @@ from precision_lab.data import Split
 from precision_lab.models import DataSpec
 from precision_lab.policy import Policy
 from precision_lab.training.config import RunConfig
-from precision_lab.training.program import Program, evaluate_batch, model_under, static_part
+from precision_lab.training.numbers import static_part
+from precision_lab.training.program import Program, evaluate_batch, model_under
 from precision_lab.training.state import TrainState
 
 _EVALUATORS_KEPT = 64
