@@ -26,6 +26,8 @@ Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of all r
 Import = Annotated[
     list[str] | None, typer.Option("--import", metavar="MODULE", help="Import a module that registers models or data.")
 ]
+Executor = Annotated[str, typer.Option("--executor", metavar="NAME", help="Who runs the runs: serial or process.")]
+Jobs = Annotated[int | None, typer.Option("--jobs", metavar="N", help="How many runs at once.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -46,6 +48,8 @@ def run(
     seeds: Seeds = "",
     out: Out = Path("runs"),
     imports: Import = None,
+    executor: Executor = "serial",
+    jobs: Jobs = None,
     json: Json = False,
 ) -> None:
     """Run an experiment: every arm with every seed, what is done already left out; ends with table and report.
@@ -57,7 +61,10 @@ def run(
 
     experiment = _load(target, settings, presets, smoke, arms, seed, seeds, imports)
     try:
-        results = runner.run(experiment, out=out, say=say)
+        results = runner.run(experiment, out=out, executor=executor, jobs=jobs, say=say)
+    except runner.Preempted:
+        say("preempted. What was going on is saved; the same command continues.")
+        raise typer.Exit(75) from None
     except KeyboardInterrupt:
         say("interrupted. What is finished is kept; the same command continues.")
         raise typer.Exit(130) from None

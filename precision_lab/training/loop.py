@@ -21,7 +21,7 @@ from precision_lab.training.checkpointing import Checkpoints
 from precision_lab.training.config import RunConfig
 from precision_lab.training.optimizer import hyper
 from precision_lab.training.program import Program, check_program, program_for
-from precision_lab.training.state import NEVER, TrainState
+from precision_lab.training.state import NEVER, TrainState, all_finite
 
 _EVAL_BATCH = 512
 
@@ -41,14 +41,17 @@ class RunResult:
     """How a run ended.
 
     Attributes:
-      status: "diverged" if an applied step or an evaluation had a non-finite loss and the config says to stop there.
+      status: "diverged" if an applied step or an evaluation had a non-finite loss and the config says to stop there;
+        "stopped" if it was asked to stop, and has saved.
       step: the last step, or the one that diverged.
       metrics: latest value of each metric by "split/name".
+      last_finite: step of the latest checkpoint with finite parameters, None if there is none; no part of the result.
     """
 
-    status: Literal["done", "diverged"]
+    status: Literal["done", "diverged", "stopped"]
     step: int
     metrics: dict[str, float]
+    last_finite: int | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
 def check(config: RunConfig) -> None:
@@ -70,6 +73,7 @@ def train(
     checkpoint_dir: Path | None,
     sink: MetricSink,
     on_step: Callable[[int, float], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> RunResult:
     """Trains what `config` describes, from the latest checkpoint if there is one, and returns how it ended.
 
@@ -83,6 +87,8 @@ def train(
         parameters as stored, not the masters, under the policy.
       on_step: called after every step with its number and the latest known training loss, which is fetched from the
         device only when a row is due (NaN before that).
+      should_stop: asked after every step but the last; once it says so the run saves and returns "stopped", and
+        goes on from there when called again.
 
     Raises:
       ValueError: the model cannot learn the data, a rule of the policy matches no site, or the checkpoints belong to
@@ -96,7 +102,10 @@ def train(
         restored = checkpoints.restore(program.state_shapes)
         state, metrics, bad_step = restored or (program.init(config.seed, hyper(config)), {}, NEVER)
         run = _Run(config, program, dataset, sink, checkpoints, metrics, bad_step)
-        return run.go(state, batches, on_step or (lambda step, loss: None), fresh=restored is None)
+        result = run.go(
+            state, batches, on_step or (lambda step, loss: None), should_stop or (lambda: False), fresh=restored is None
+        )
+        return dataclasses.replace(result, last_finite=checkpoints.last_finite)
 
 
 class _Run:
@@ -122,7 +131,15 @@ class _Run:
         # a run that goes on from a checkpoint must not know of a bad step any earlier than one that never stopped.
         self._bad_step = bad_step
 
-    def go(self, state: TrainState, batches: Any, on_step: Callable[[int, float], None], *, fresh: bool) -> RunResult:
+    def go(
+        self,
+        state: TrainState,
+        batches: Any,
+        on_step: Callable[[int, float], None],
+        should_stop: Callable[[], bool],
+        *,
+        fresh: bool,
+    ) -> RunResult:
         """Returns the result after training `state` to the end."""
         start, steps = int(state.step), self._config.train.steps
         self._sink.restart(-1 if fresh else start)
@@ -140,9 +157,17 @@ class _Run:
                 self._evaluate(done, state)
                 last = last or self._stops()
             if last or self._due(done, self._config.train.checkpoint_every):
-                self._checkpoints.save(done, state, self._metrics, self._bad_step)
+                self._save(done, state)
             on_step(done, self._metrics.get("train/loss", math.nan))
+            if not last and should_stop():
+                self._save(done, state)
+                return RunResult("stopped", done, dict(self._metrics))
         return self._result(done)
+
+    def _save(self, done: int, state: TrainState) -> None:
+        """Saves the state, and whether a person could start from it again."""
+        finite = not self._stops() and all_finite((state.params, state.model_state)).item()
+        self._checkpoints.save(done, state, self._metrics, self._bad_step, finite=finite)
 
     def _due(self, done: int, every: int | None) -> bool:
         """Returns whether something that happens every so many steps, and after the last, happens now."""
@@ -150,7 +175,7 @@ class _Run:
 
     def _stops(self) -> bool:
         """Returns whether the run has diverged and is to stop for it."""
-        if self._config.train.on_nonfinite == "continue":
+        if self._config.train.on_nonfinite != "stop":
             return False
         evaluated = (self._metrics.get(f"{split}/loss", 0.0) for split in ("eval", "eval_train"))
         return self._bad_step != NEVER or not all(map(math.isfinite, evaluated))

@@ -64,7 +64,7 @@ def build_optimizer(config: RunConfig, numbers: Hyper) -> optax.GradientTransfor
         inner = master_weights(inner, param_dtype=params.dtype)
     elif params.bits < 32:
         inner = nearest_rounding(inner)
-    return loss_scaling(inner, _loss_scale(config.loss_scale))
+    return loss_scaling(inner, _loss_scale(config.loss_scale, skips=config.train.on_nonfinite == "skip"))
 
 
 def _inner(optim: OptimConfig, lr: Callable, numbers: Hyper) -> optax.GradientTransformation:
@@ -101,11 +101,11 @@ def _schedule(config: RunConfig) -> Callable:
     return lambda count: 1.0
 
 
-def _loss_scale(config: LossScaleConfig) -> LossScale:
-    """Returns the loss scale that `config` describes."""
+def _loss_scale(config: LossScaleConfig, *, skips: bool) -> LossScale:
+    """Returns the loss scale that `config` describes; a scale of 1 where there is none but steps are to be skipped."""
     match config:
         case DynamicLossScaleConfig():
             return DynamicLossScale(config.init, config.growth, config.backoff, config.interval, config.min, config.max)
         case StaticLossScaleConfig():
             return StaticLossScale(config.scale)
-    return NoLossScale()
+    return StaticLossScale(1.0) if skips else NoLossScale()

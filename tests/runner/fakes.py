@@ -57,7 +57,7 @@ class FakeTraining:
         if compute_dtype(config) in self.refused:
             raise ValueError(self.refused[compute_dtype(config)])
 
-    def train(self, config, *, checkpoint_dir: Path, sink, on_step=None):
+    def train(self, config, *, checkpoint_dir: Path, sink, on_step=None, should_stop=None):
         """Writes the rows of a run, saving every four steps, going on from what was saved."""
         kind, saved = compute_dtype(config), checkpoint_dir / "step.json"
         start = json.loads(saved.read_text()) if saved.exists() else 0
@@ -67,7 +67,7 @@ class FakeTraining:
             if step == self.die_at and kind in self.failures:
                 raise self.failures[kind]
             if step == self.die_at and kind in self.diverging:
-                return SimpleNamespace(status="diverged", step=step, metrics={"eval/loss": math.nan})
+                return SimpleNamespace(status="diverged", step=step, metrics={"eval/loss": math.nan}, last_finite=4)
             if step > start or step == 0:
                 loss = loss_at(config, step)
                 if step == config.train.steps:
