@@ -96,13 +96,13 @@ class SilentProgress:
     def __exit__(self, *_):
         return None
 
-    def start_run(self, label, total_steps):
+    def start_run(self, label, total_steps, run=""):
         """Does nothing."""
 
-    def step(self, step, loss):
+    def step(self, step, loss, run=""):
         """Does nothing."""
 
-    def end_run(self, status):
+    def end_run(self, status, run=""):
         """Remembers the state."""
         type(self).ended.append(status)
 

@@ -1,6 +1,9 @@
-"""A data set for tests that stop runs: the digits, as slowly as `SLEEP_S` says, so that there is time to stop them."""
+"""Data sets for tests that stop runs: the digits, as slowly as `SLEEP_S` says, so that there is time to stop them, and
+digits that end the process where `DIE` is set.
+"""
 
 import os
+import sys
 import time
 from typing import Literal
 
@@ -34,4 +37,24 @@ def load_slowly(config) -> Dataset:
     return Dataset(digits.spec, SlowSplit(digits.train), digits.eval, digits.eval_train)
 
 
+class DeadlyDigitsConfig(SlowDigitsConfig):
+    kind: Literal["deadly_digits"] = "deadly_digits"
+
+
+class DeadlySplit(SlowSplit):
+    """A split that takes the whole process down, once its time has come."""
+
+    def take(self, indices):
+        if "DIE" in os.environ and indices[0] == 0:
+            print("the last words", file=sys.stderr, flush=True)
+            os._exit(9)
+        return super().take(indices)
+
+
+def load_deadly(config) -> Dataset:
+    digits = load(DigitsConfig())
+    return Dataset(digits.spec, DeadlySplit(digits.train), DeadlySplit(digits.eval), digits.eval_train)
+
+
+register_data("deadly_digits", DeadlyDigitsConfig, load_deadly)
 register_data("slow_digits", SlowDigitsConfig, load_slowly)

@@ -3,61 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from precision_lab.runner.stopping import Preempted, Stop, stop_on_signals
-from precision_lab.runner.yaml12 import dump
-
-EXPERIMENT = {
-    "name": "slow",
-    "model": {"kind": "mlp", "hidden": [16]},
-    "data": {"kind": "slow_digits", "batch": 32},
-    "optim": {"kind": "sgd", "lr": 0.1, "momentum": 0.9},
-    "train": {"steps": 100, "log_every": 7, "eval_every": 50},
-    "arms": {"float32": {}, "bfloat16": {"policy": "bfloat16_mixed"}},
-}
-LEGAL = {"queued", "done", "interrupted", "preempted"}
-
-
-def start(folder, out, *words, sleep_s=0.0):
-    """Starts the experiment in a process of its own."""
-    (folder / "config.yaml").write_text(dump(EXPERIMENT))
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-    command = [sys.executable, "-m", "precision_lab.cli", "run", "config.yaml", "--out", out, "--import", "slow_digits"]
-    return subprocess.Popen(
-        [*command, *words], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": path, "SLEEP_S": str(sleep_s)}, start_new_session=True,
-    )  # fmt: skip
-
-
-def rows(folder):
-    """Returns every row of every run, without the attempt that wrote it."""
-    found = {}
-    for path in sorted(folder.glob("trials/*/metrics.jsonl")):
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        found[path.parent.name] = [{key: value for key, value in row.items() if key != "attempt"} for row in lines]
-    return found
-
-
-def states(folder):
-    return sorted(json.loads(path.read_text())["state"] for path in folder.glob("trials/*/status.json"))
-
-
-def wait_for(process, ready, timeout_s=240):
-    deadline = time.monotonic() + timeout_s
-    while not ready():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def lines(folder):
-    return sum(path.read_bytes().count(b"\n") for path in folder.glob("trials/*/metrics.jsonl"))
+from tests.runner.commands import lines, rows, start, states, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +43,8 @@ def test_a_stopped_run_saves_at_its_next_step_and_continues_bitwise(tmp_path, wh
 
     assert finished.wait(timeout=300) == 0, finished.stderr.read()
     assert rows(tmp_path / "runs") == whole
-    attempts = {row["attempt"] for row in map(json.loads, all_lines(tmp_path / "runs"))}
-    assert attempts == {1, 2}
-
-
-def all_lines(folder):
-    return [line for path in folder.glob("trials/*/metrics.jsonl") for line in path.read_text().splitlines()]
+    first = next(tmp_path.glob("runs/trials/*float32*/metrics.jsonl")).read_text().splitlines()
+    assert {json.loads(line)["attempt"] for line in first} == {1, 2}
 
 
 @pytest.mark.slow

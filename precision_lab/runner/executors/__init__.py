@@ -1,19 +1,21 @@
 """Executors: who runs the runs of an experiment. Each has its own file, and all call `trial.execute_trial`.
 
 An executor gets a list of runs that are to be made, so that it may group them, and returns when each has ended, as its
-directory says. `serial` runs one after another in this process.
+directory says. `serial` runs one after another in this process, `process` in one subprocess each.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, Protocol
 
+from precision_lab.runner.environment import registered_modules
 from precision_lab.runner.stopping import Stop
 from precision_lab.runner.trial import Planned, Progress
 
-EXECUTORS = ("serial",)
+EXECUTORS = ("serial", "process")
 
 
 @dataclass(frozen=True)
@@ -63,4 +65,21 @@ def get(name: str, jobs: int | None) -> Executor:
         raise ValueError(f"jobs is how many runs at once, at least 1, got {jobs}.")
     if jobs not in (None, 1) and name == "serial":
         raise ValueError(f"executor {name!r} makes one run at a time, got jobs={jobs}; choose executor 'process'.")
+    if name != "serial":  # This process trains nothing, and must not take the memory of a GPU.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     return import_module(f"{__name__}.{name}")  # type: ignore[return-value]
+
+
+def modules_to_import(one: Planned) -> list[str]:
+    """Returns the modules that another process must import before it can execute a run.
+
+    Raises:
+      ValueError: the model or the data were registered by the script or notebook itself.
+    """
+    modules = registered_modules(one.config)
+    if "__main__" in modules:
+        raise ValueError(
+            f"{one.label}: its model or data are registered by the script itself, which another process cannot "
+            "import. Move them to a module of their own and name it: --import MODULE, or imports=[...]."
+        )
+    return modules
