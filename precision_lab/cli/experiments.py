@@ -30,6 +30,8 @@ Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of all r
 Import = Annotated[
     list[str] | None, typer.Option("--import", metavar="MODULE", help="Import a module that registers models or data.")
 ]
+Executor = Annotated[str, typer.Option("--executor", metavar="NAME", help="Who runs the runs: serial or process.")]
+Jobs = Annotated[int | None, typer.Option("--jobs", metavar="N", help="How many runs at once.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -51,6 +53,8 @@ def run(
     seeds: Seeds = "",
     out: Out = Path("runs"),
     imports: Import = None,
+    executor: Executor = "serial",
+    jobs: Jobs = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count, as check does; runs nothing.")] = False,
     json: Json = False,
 ) -> None:
@@ -66,7 +70,10 @@ def run(
         _show_plan(experiment, out, as_json=json)
         return
     try:
-        results = runner.run(experiment, out=out, say=say)
+        results = runner.run(experiment, out=out, executor=executor, jobs=jobs, say=say)
+    except runner.Preempted:
+        say("preempted. What was going on is saved; the same command continues.")
+        raise typer.Exit(75) from None
     except KeyboardInterrupt:
         say("interrupted. What is finished is kept; the same command continues.")
         raise typer.Exit(130) from None

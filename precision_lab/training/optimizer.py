@@ -25,7 +25,6 @@ from precision_lab.training.config import (
     AdamWConfig,
     CosineSchedule,
     DynamicLossScaleConfig,
-    LossScaleConfig,
     OptimConfig,
     RunConfig,
     SGDConfig,
@@ -59,7 +58,7 @@ def build_optimizer(config: RunConfig, numbers: Hyper, seed: Any = 0) -> optax.G
         inner = master_weights(inner, param_dtype=params.dtype)
     elif params.bits < 32:
         inner = _in_place(config.update, inner, seed)
-    return loss_scaling(inner, _loss_scale(config.loss_scale, numbers.loss_scale))
+    return loss_scaling(inner, _loss_scale(config, numbers.loss_scale))
 
 
 def _in_place(update: str, inner: Any, seed: Any) -> optax.GradientTransformationExtraArgs:
@@ -109,11 +108,11 @@ def _schedule(config: RunConfig) -> Callable:
     return lambda count: 1.0
 
 
-def _loss_scale(config: LossScaleConfig, numbers: Mapping[str, Any]) -> LossScale:
-    """Returns the loss scale that `config` describes, with its numbers."""
-    match config:
+def _loss_scale(config: RunConfig, numbers: Mapping[str, Any]) -> LossScale:
+    """Returns the loss scale of a run; a scale of 1 where there is none but steps are to be skipped."""
+    match config.loss_scale:
         case DynamicLossScaleConfig():
             return DynamicLossScale(**numbers)
         case StaticLossScaleConfig():
             return StaticLossScale(**numbers)
-    return NoLossScale()
+    return StaticLossScale(1.0) if config.train.on_nonfinite == "skip" else NoLossScale()

@@ -172,6 +172,8 @@ def _step(
         return scale_loss(loss * numbers.loss_factor, state.opt_state), (loss, _take_apart(called)[1])
 
     grads, (loss, model_state) = jax.grad(scaled_loss, has_aux=True)(state.params)
+    if config.train.on_nonfinite == "skip":  # Gradients may be finite where the loss is not.
+        grads = jax.tree.map(lambda g: jnp.where(jnp.isfinite(loss), g, jnp.nan), grads)
     optimizer = build_optimizer(config, numbers)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
