@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 
-from precision_lab.nn.carried import Scales, given_scales, refuse_adapters
+from precision_lab.nn.carried import Scales, given_scales, refuse_carried
 from precision_lab.nn.pure import PureCall, apart, pure_call, signature
 from precision_lab.policy import Policy
 from precision_lab.policy.deriving import for_inference, with_static_scales, without_quantizers
@@ -83,13 +83,14 @@ def calibrate(
 
     Raises:
       TypeError: `params` is missing or not for this target.
-      ValueError: the policy quantizes no activation, there are no batches, or activations have scales by group.
+      ValueError: the policy quantizes no activation, there are no batches, activations have scales by group, or a
+        model that is converted, trained by prepare_qat or has adapters, which calibration would pass over.
 
     Warns: of NaNs and infinities in activations, which are left out of the ranges.
 
     Source: Krishnamoorthi, "Quantizing deep convolutional networks", 2018, arXiv:1806.08342, section 3.1.
     """
-    refuse_adapters(target, params, "calibrate")
+    refuse_carried(target, params, "calibrate")
     policy = with_static_scales(for_inference(Policy.parse(policy)))
     states: dict[tuple[str, str], ObserverState] = {}
     observers: Observers = {}
@@ -122,8 +123,10 @@ def arguments(target: Any, params: Any, args: Sequence[Any], kwargs: dict[str, A
     """Returns (args, kwargs) of a call, with the params of a target that has none of its own.
 
     Raises:
-      TypeError: they are missing, or given for an NNX model.
+      TypeError: they are missing, or given for an NNX model; or a target that is calibrated already.
     """
+    if isinstance(target, Calibrated):
+        raise TypeError("this model is calibrated already; give the model itself, which is its `target`.")
     if isinstance(target, nnx.Module):
         if params is not None:
             raise TypeError(f"{type(target).__name__} is an NNX model and has its own parameters; leave out params.")

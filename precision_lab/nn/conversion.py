@@ -18,7 +18,7 @@ import numpy as np
 from flax import linen, nnx
 
 from precision_lab.nn.calibration import Calibrated, arguments
-from precision_lab.nn.carried import SCALES, Scales, given_scales
+from precision_lab.nn.carried import CONVERTED, SCALES, Scales, given_scales
 from precision_lab.nn.linen_policy import linen_under_policy
 from precision_lab.nn.nnx_policy import nnx_with_stored
 from precision_lab.nn.pure import apart, pure_call
@@ -29,7 +29,6 @@ from precision_lab.ptq import round_to_nearest
 from precision_lab.quant import QTensor, quantize
 from precision_lab.rewrite import Use, Uses, call, is_qtensor
 
-CONVERTED = "precision_converted"  # attribute of a function that convert returned
 Method = Callable[[jax.Array, Any, tuple[int, ...]], tuple[QTensor, Any]]
 
 
