@@ -20,6 +20,7 @@ from flax import linen, nnx
 from precision_lab.nn.calibration import Calibrated, arguments
 from precision_lab.nn.carried import CONVERTED, SCALES, Scales, given_scales
 from precision_lab.nn.linen_policy import linen_under_policy
+from precision_lab.nn.linen_qat import stored_params
 from precision_lab.nn.nnx_policy import nnx_with_stored
 from precision_lab.nn.pure import apart, pure_call
 from precision_lab.nn.qat_conversion import as_stored, as_trained
@@ -218,7 +219,7 @@ def _assembled(target: Any, policy: Policy, calibrated: Calibrated, stored: dict
         return nnx_with_stored(target, policy, stored, scales)
     if isinstance(target, linen.Module):
         variables = dict(calibrated.params)
-        packed = {**variables, "params": replaced(policy.cast_to_param(variables["params"]), stored)}
+        packed = {**variables, "params": replaced(stored_params(policy, variables["params"], variables), stored)}
         return linen_under_policy(target, policy), packed | ({SCALES: scales} if scales else {})
     given = given_scales(scales)
 
