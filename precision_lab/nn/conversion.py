@@ -188,7 +188,7 @@ def stored_for(weight: Any, use: Use, scale: Mapping[str, jax.Array], method: Me
     def quantized(one: jax.Array, scale: Mapping[str, jax.Array]) -> QTensor:
         one = one.astype(use.dtype).astype(jnp.float32)
         if scale:
-            return quantize(one, use.quantizer, axis=use.axes, **scale)
+            return quantize(one, use.quantizer, axis=use.axes, **scale)  # pyright: ignore[reportArgumentType]
         return method(one, use.quantizer, use.axes)[0]
 
     for _ in range(use.stack):

@@ -133,6 +133,10 @@ def test_nonfinite_activations_are_left_out_and_named():
         calibrated = pl.calibrate(product, "w8a8", [jnp.asarray([[1.0, jnp.inf]])], PARAMS)
 
     assert float(calibrated.ranges["w", "lhs"][1]) == 1
+    with pytest.raises(ValueError, match="calibrate saw NaNs and infinities at 1 operands: 'w' lhs had 1 of them"):
+        pl.calibrate(product, "w8a8", [jnp.asarray([[1.0, jnp.inf]])], PARAMS, on_nonfinite="raise")
+    with pytest.raises(ValueError, match="on_nonfinite='nan' must be 'warn' or 'raise'"):
+        pl.calibrate(product, "w8a8", [jnp.ones((1, 2))], PARAMS, on_nonfinite="nan")
 
 
 def test_what_cannot_be_calibrated_is_refused():

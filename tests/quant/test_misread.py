@@ -88,8 +88,8 @@ def test_an_outlier_is_beyond_the_block_scales_of_nvfp4_without_a_second_level()
     """Check 47: 1e4 among 2**16 normal numbers needs a scale of 1667 in its block, where E4M3 ends at 448.
 
     One level keeps 6 * 448 of it, which is 2.7 dB. With a second level it is exact, and the error is that of the normal
-    numbers, 20.4 dB below them (check 46), and of its 15 neighbours, which become zero: 52.1 dB. The notes say 51.9, and not
-    of how many numbers.
+    numbers, 20.4 dB below them (check 46), and of its 15 neighbours, which become zero: 52.1 dB. The notes say 51.9,
+    and not of how many numbers.
     """
     x = RNG.normal(size=1 << 16).astype(np.float32)
     x[5000] = 1e4
