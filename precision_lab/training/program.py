@@ -112,7 +112,7 @@ def _build(config: RunConfig, spec: DataSpec) -> Program:
         step=jax.jit(functools.partial(_step, config, model), donate_argnums=0),
         evaluate=jax.jit(functools.partial(evaluate_batch, model)),
         state_shapes=jax.eval_shape(init, 0, numbers),
-        batch_shapes=_batch_shapes(spec, config.data.batch),
+        batch_shapes=batch_shapes(spec, config.data.batch),
     )
 
 
@@ -251,7 +251,7 @@ def _same_bits(a: jax.Array, b: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(a, bits) == jax.lax.bitcast_convert_type(b, bits)
 
 
-def _batch_shapes(spec: DataSpec, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(spec: DataSpec, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns what a training batch looks like."""
     shape = (batch, *spec.input_shape)
     return {
