@@ -37,10 +37,10 @@ def beginning(config: RunConfig, program: Program, spec: DataSpec, start_from: P
     """
     if config.start is None and not config.transforms:
         return Beginning(program.init(config.seed, hyper(config)), {})
-    fresh = program.fresh(jnp.asarray(config.seed, jnp.uint32)) if config.start is None else None
-    params, model_state = fresh or _final_parameters(config, spec, start_from)
+    seed = jnp.asarray(config.seed, jnp.uint32)
+    params, model_state = program.fresh(seed) if config.start is None else _final_parameters(config, spec, start_from)
     params, audit = transformed(params, config.transforms, config.seed)
-    return Beginning(program.start(params, model_state, hyper(config)), audit)
+    return Beginning(program.start(params, model_state, hyper(config), seed), audit)
 
 
 def check_beginning(program: Program, config: RunConfig) -> None:

@@ -38,7 +38,7 @@ class Program(NamedTuple):
 
     Attributes:
       fresh: seed -> (params, model_state), float32. They depend on the seed and the model alone, not on the policy.
-      start: (params, model_state, hyper) -> TrainState before the first step.
+      start: (params, model_state, hyper, seed) -> TrainState before the first step.
       init: (seed, hyper) -> TrainState, `start` of what is `fresh`.
       step: (state, batch, hyper) -> (state, metrics), donating the state; metrics are float32 and int32 scalars.
       evaluate: (state, batch, weights) -> sums over the batch of weighted "loss", "correct", and of "weight".
@@ -47,7 +47,7 @@ class Program(NamedTuple):
     """
 
     fresh: Callable[[Any], tuple[Any, Any]]
-    start: Callable[[Any, Any, Hyper], TrainState]
+    start: Callable[[Any, Any, Hyper, Any], TrainState]
     init: Callable[[int, Hyper], TrainState]
     step: Any
     evaluate: Any
