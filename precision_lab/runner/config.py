@@ -136,9 +136,10 @@ class ExperimentConfig(BaseModel):
                 raise LocatedError(_say(written, keys, f"no arm {arm!r}{suggestion(arm, self.arms, what='arms')}"))
 
     def _refuse_unknown_metrics(self, written: Tree) -> None:
-        """Raises if a column or a claim speaks of a metric that its runs do not log."""
+        """Raises if a claim speaks of a metric that its runs do not log, or a column of one that none does."""
+        some = set().union(*(self.known_metrics([arm]) for arm in self.arms))
         for i, metric in enumerate(self.metrics):
-            _refuse_metric(metric, self.known_metrics(self.arms), _place(written, ("metrics", i)))
+            _refuse_metric(metric, some, _place(written, ("metrics", i)))
         for i, claim in enumerate(self.claims):
             for keys, term in claim.terms():
                 known = self.known_metrics([term.arm])

@@ -124,3 +124,13 @@ def test_a_run_of_no_steps_logs_evaluations_under_each_policy_and_no_training():
 
     assert "eval_int4/loss" in known
     assert not any(name.startswith("train/") for name in known)
+
+
+def test_a_column_may_be_of_a_metric_that_only_some_arms_log(training):
+    arms = {"a": {}, "b": {"evals": {"half": "float16"}}}
+
+    results, _ = run({**CHAIN, "baseline": "", "arms": arms, "metrics": ["eval/loss", "eval_half/loss"], "seeds": [0]})
+
+    assert results.rows[0].cells["eval_half/loss"].mean is None
+    with pytest.raises(ValueError, match="no metric 'eval_hal/loss'; did you mean 'eval_half/loss'"):
+        load(arms, metrics=["eval_hal/loss"], claims=[])
