@@ -13,7 +13,7 @@ from precision_lab.training.config import RunConfig
 from precision_lab.training.optimizer import hyper
 from precision_lab.training.program import Program, program_for
 from precision_lab.training.state import TrainState
-from precision_lab.training.transforming import transformed
+from precision_lab.training.transforming import check_transforms, transformed
 
 
 class Beginning(NamedTuple):
@@ -47,7 +47,7 @@ def check_beginning(program: Program, config: RunConfig) -> None:
     """Raises ValueError if a transform does not fit the model."""
     if config.transforms:
         shapes, _ = jax.eval_shape(program.fresh, jax.ShapeDtypeStruct((), jnp.uint32))
-        transformed(jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes), config.transforms, config.seed)
+        check_transforms(shapes, config.transforms)
 
 
 def _final_parameters(config: RunConfig, spec: DataSpec, folder: Path | None) -> tuple[Any, Any]:

@@ -79,7 +79,8 @@ def train(
     """Trains what `config` describes, from the latest checkpoint if there is one, and returns how it ended.
 
     A run that is killed at any moment and called again gives bitwise the metrics of one that was not (on the same
-    machine and with the same libraries). A finished run returns its result again and trains nothing.
+    machine and with the same libraries). A finished run returns its result again and trains nothing. A run of no steps
+    saves nothing.
 
     Args:
       config: the run.
@@ -160,8 +161,6 @@ class _Run:
             if last or self._due(done, self._config.train.checkpoint_every):
                 self._checkpoints.save(done, state, self._metrics, self._bad_step)
             on_step(done, self._metrics.get("train/loss", math.nan))
-        if steps == 0:
-            self._checkpoints.save(0, state, self._metrics, self._bad_step)
         return self._result(done)
 
     def _due(self, done: int, every: int | None) -> bool:

@@ -25,7 +25,7 @@ from precision_lab.optim import (
     zero_second_moment_fraction,
 )
 from precision_lab.policy import Policy
-from precision_lab.training.config import ConstantSchedule, RunConfig, TrainConfig
+from precision_lab.training.config import ConstantSchedule, RunConfig, SGDConfig, TrainConfig
 from precision_lab.training.optimizer import Hyper, build_optimizer, hyper
 from precision_lab.training.start import Policies
 from precision_lab.training.state import NEVER, TrainState
@@ -67,19 +67,23 @@ def program_for(config: RunConfig, spec: DataSpec) -> Program:
 def static_part(config: RunConfig) -> RunConfig:
     """Returns `config` with everything at a fixed value that the compiled functions do not depend on."""
     optim = config.optim.model_copy(update={"lr": 1.0})
-    if config.train.steps == 0:  # Nothing is trained, and a schedule of no steps cannot be built.
-        optim = optim.model_copy(update={"schedule": ConstantSchedule()})
+    if config.train.steps == 0:  # Nothing is trained, whatever the optimizer, and a schedule of no steps cannot be.
+        optim = SGDConfig(lr=1.0)
     steps = 1 if isinstance(optim.schedule, ConstantSchedule) else config.train.steps
     beginning = {"start": None, "evals": Policies(), "transforms": ()}
     return config.model_copy(update={"seed": 0, "optim": optim, "train": TrainConfig(steps=steps), **beginning})
 
 
 def check_program(program: Program, config: RunConfig) -> None:
-    """Traces one step without running or compiling anything.
+    """Traces one step, or an evaluation where there are none, without running or compiling anything.
 
     Raises:
       ValueError: a rule of the policy matches no site of the model.
     """
+    if config.train.steps == 0:
+        weights = jax.ShapeDtypeStruct((config.data.batch,), jnp.int32)
+        program.evaluate.eval_shape(program.state_shapes, program.batch_shapes, weights)
+        return
     after, _ = program.step.eval_shape(program.state_shapes, program.batch_shapes, hyper(config))
     before = jax.tree.map(lambda x: (x.shape, x.dtype), program.state_shapes)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == before, "a step must keep shapes and dtypes"

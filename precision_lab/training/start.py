@@ -1,5 +1,6 @@
 """Where a run begins, as data, and under what else it is evaluated. JAX is not imported here."""
 
+import functools
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -57,6 +58,7 @@ def canonical_policy(value: Any) -> str:
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.@+-]*$", max_length=64)]
 
 
+@functools.lru_cache(maxsize=1024)
 def quantizes_parameters(policy: str) -> bool:
     """Returns whether a policy has a quantizer for parameters, somewhere."""
     parsed = Policy.parse(policy)

@@ -92,6 +92,7 @@ def test_what_begins_from_a_run_that_did_not_end_well_fails_and_says_so(training
         ({"a": {"start": {"arm": "b"}}, "b": {"start": {"arm": "a"}}}, "start from one another: a -> b -> a"),
         ({"a": {"start": {"arm": "a"}}}, "start from one another: a -> a"),
         ({"a": {}, "b": {"start": {}}}, "give start.arm"),
+        ({"a": {"train": {"steps": 0}}, "b": {"start": {"arm": "a"}}}, "trains nothing and saves nothing"),
         ({"a": {}, "b": {"start": {"arm": "a"}, "model": {"hidden": [5]}}}, "trains another model"),
         ({"a": {"data": "mnist"}, "b": {"start": {"arm": "a"}}}, "learns data of another shape"),
     ],
