@@ -181,9 +181,11 @@ class ExperimentConfig(BaseModel):
     @property
     def columns(self) -> tuple[str, ...]:
         """The metrics that tables show."""
+        if self.metrics:
+            return self.metrics
         known = self.known_metrics(self.arms)
         usual = tuple(metric for metric in ("eval/loss", "eval/accuracy") if metric in known)
-        return self.metrics or usual or tuple(sorted(known))
+        return usual or tuple(sorted(known))
 
     def locate(self, arm: str, key: str, message: str) -> str:
         """Returns a message with the place where an arm, or else the base, gives a key."""

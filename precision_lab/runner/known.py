@@ -1,6 +1,7 @@
 """Which metrics a run logs, known before it runs, so that a claim about any other is refused at once."""
 
 from precision_lab.training import AnyRun, ProbeRun
+from precision_lab.training.start import quantizes_parameters
 from precision_lab.training.transforms import AUDITED, StoreConfig
 
 _EVAL = ("loss", "accuracy", "nonfinite_fraction")
@@ -13,6 +14,9 @@ def metric_names(run: AnyRun) -> set[str]:
         return {f"probe/{name}" for name in run.probe.measures}
     splits = ("eval", "eval_train", *(f"eval_{name}" for name in run.evals))
     names = {f"{split}/{name}" for split in splits for name in _EVAL}
+    names |= {f"eval_{name}/excess" for name in run.evals}
+    policies = {"weights": run.policy, **{f"weights_{name}": policy for name, policy in run.evals.items()}}
+    names |= {f"{split}/relative_mse" for split, policy in policies.items() if quantizes_parameters(policy)}
     if any(isinstance(one, StoreConfig) for one in run.transforms):
         names |= {f"start/{name}" for name in AUDITED}
     if run.train.steps:

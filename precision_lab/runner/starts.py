@@ -52,6 +52,8 @@ def _parent(runs: Mapping[str, AnyRun], arm: str, refuse: Callable[[str, str, st
     parent = runs[start.arm]
     if not isinstance(parent, RunConfig):
         raise refuse(arm, "arm", f"arm {start.arm!r} is a probe, which ends with no parameters.")
+    if parent.train.steps == 0:
+        raise refuse(arm, "arm", f"arm {start.arm!r} trains nothing and saves nothing: start where it does.")
     if parent.model != run.model:
         raise refuse(arm, "arm", f"arm {start.arm!r} trains another model: what it ends with does not fit this one.")
     if parent.data.spec() != run.data.spec():

@@ -13,7 +13,7 @@ from precision_lab.training.config import RunConfig
 from precision_lab.training.numbers import hyper
 from precision_lab.training.program import Program, program_for
 from precision_lab.training.state import TrainState
-from precision_lab.training.transforming import transformed
+from precision_lab.training.transforming import check_transforms, transformed
 
 
 class Beginning(NamedTuple):
@@ -37,18 +37,17 @@ def beginning(config: RunConfig, program: Program, spec: DataSpec, start_from: P
     """
     if config.start is None and not config.transforms:
         return Beginning(program.init(config.seed, hyper(config)), {})
-    root = jnp.asarray(config.seed, jnp.uint32)
-    fresh = program.fresh(root) if config.start is None else None
-    params, model_state = fresh or _final_parameters(config, spec, start_from)
+    seed = jnp.asarray(config.seed, jnp.uint32)
+    params, model_state = program.fresh(seed) if config.start is None else _final_parameters(config, spec, start_from)
     params, audit = transformed(params, config.transforms, config.seed)
-    return Beginning(program.start(params, model_state, hyper(config), root), audit)
+    return Beginning(program.start(params, model_state, hyper(config), seed), audit)
 
 
 def check_beginning(program: Program, config: RunConfig) -> None:
     """Raises ValueError if a transform does not fit the model."""
     if config.transforms:
         shapes, _ = jax.eval_shape(program.fresh, jax.ShapeDtypeStruct((), jnp.uint32))
-        transformed(jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes), config.transforms, config.seed)
+        check_transforms(shapes, config.transforms)
 
 
 def _final_parameters(config: RunConfig, spec: DataSpec, folder: Path | None) -> tuple[Any, Any]:

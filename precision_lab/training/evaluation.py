@@ -2,17 +2,21 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from precision_lab.data import Split
 from precision_lab.models import DataSpec
+from precision_lab.nn.weight_error import relative_mse, weight_error
 from precision_lab.policy import Policy
 from precision_lab.training.config import RunConfig
 from precision_lab.training.numbers import static_part
-from precision_lab.training.program import Program, evaluate_batch, model_under
+from precision_lab.training.program import Program, batch_shapes, evaluate_batch, model_under
+from precision_lab.training.start import quantizes_parameters
 from precision_lab.training.state import TrainState
 
 _EVALUATORS_KEPT = 64
@@ -46,6 +50,24 @@ def evaluate(
     return {"loss": loss / weight, "accuracy": correct / weight, "nonfinite_fraction": bad / weight}
 
 
+def weight_errors(config: RunConfig, spec: DataSpec) -> dict[str, Callable[[TrainState], dict[str, float]]]:
+    """Returns by split, "weights" and "weights_<name>", what measures the error of the weights that a policy quantizes.
+
+    Its "relative_mse" is the squared error of all of them over the sum of their squares.
+    """
+    policies = {"weights": config.policy, **{f"weights_{name}": policy for name, policy in config.evals.items()}}
+    static = static_part(config)
+    return {
+        split: functools.partial(_measured, _weight_measure(static, spec, policy))  # pyright: ignore[reportArgumentType]
+        for split, policy in policies.items()
+        if quantizes_parameters(policy)
+    }
+
+
+def _measured(measure: Any, state: TrainState) -> dict[str, float]:
+    return {"relative_mse": measure(state).item()}
+
+
 def under_other_policies(program: Program, config: RunConfig, spec: DataSpec) -> dict[str, Program]:
     """Returns by name, for each further policy that a run is evaluated under, the program that evaluates under it."""
     static = static_part(config)
@@ -67,6 +89,18 @@ def check_evaluations(program: Program, config: RunConfig, spec: DataSpec) -> No
             other.evaluate.eval_shape(program.state_shapes, program.batch_shapes, weights)
         except ValueError as error:
             raise ValueError(f"evals.{name}: {error}") from None
+
+
+@functools.lru_cache(maxsize=_EVALUATORS_KEPT)
+def _weight_measure(config: RunConfig, spec: DataSpec, policy: str) -> Any:
+    """Returns the jitted function from a state to the relative squared error of the weights that a policy quantizes."""
+    model = model_under(config.model, spec, Policy.parse("float32"))
+    example = batch_shapes(spec, 1)["inputs"]
+
+    def measured(state: TrainState) -> jax.Array:
+        return relative_mse(weight_error(nnx.merge(model.eval, state.params, state.model_state), policy, example))
+
+    return jax.jit(measured)
 
 
 @functools.lru_cache(maxsize=_EVALUATORS_KEPT)

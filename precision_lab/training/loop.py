@@ -19,7 +19,7 @@ from precision_lab.data import DataConfig, Dataset
 from precision_lab.training.beginning import beginning, check_beginning
 from precision_lab.training.checkpointing import Checkpoints
 from precision_lab.training.config import RunConfig
-from precision_lab.training.evaluation import check_evaluations, evaluate, under_other_policies
+from precision_lab.training.evaluation import check_evaluations, evaluate, under_other_policies, weight_errors
 from precision_lab.training.numbers import hyper
 from precision_lab.training.program import Program, check_program, program_for
 from precision_lab.training.state import NEVER, TrainState, all_finite
@@ -83,7 +83,8 @@ def train(
     """Trains what `config` describes, from the latest checkpoint if there is one, and returns how it ended.
 
     A run that is killed at any moment and called again gives bitwise the metrics of one that was not (on the same
-    machine and with the same libraries). A finished run returns its result again and trains nothing.
+    machine and with the same libraries). A finished run returns its result again and trains nothing. A run of no steps
+    saves nothing.
 
     Args:
       config: the run.
@@ -135,6 +136,7 @@ class _Run:
         self._config = config
         self._program = program
         self._others = under_other_policies(program, config, dataset.spec)
+        self._weights = weight_errors(config, dataset.spec)
         self._dataset = dataset
         self._sink = sink
         self._checkpoints = checkpoints
@@ -176,8 +178,6 @@ class _Run:
             if not last and should_stop():
                 self._save(done, state)
                 return RunResult("stopped", done, dict(self._metrics))
-        if steps == 0:
-            self._save(0, state)
         return self._result(done)
 
     def _save(self, done: int, state: TrainState) -> None:
@@ -215,7 +215,11 @@ class _Run:
         programs |= {f"eval_{name}": ("eval", one) for name, one in self._others.items()}
         for name, (split, program) in programs.items():
             values = evaluate(program, state, getattr(self._dataset, split), self._eval_batch(), limit)
+            if program is not self._program:
+                values["excess"] = values["loss"] - self._metrics["eval/loss"]
             self._write(done, name, values)
+        for name, measure in self._weights.items():
+            self._write(done, name, measure(state))
 
     def _eval_batch(self) -> int:
         """Returns how many examples to evaluate at once: of text no more than training does, its logits are large."""

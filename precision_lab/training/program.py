@@ -73,11 +73,15 @@ def program_for(config: RunConfig, spec: DataSpec) -> Program:
 
 
 def check_program(program: Program, config: RunConfig) -> None:
-    """Traces one step without running or compiling anything.
+    """Traces one step, or an evaluation where there are none, without running or compiling anything.
 
     Raises:
       ValueError: a rule of the policy matches no site of the model.
     """
+    if config.train.steps == 0:
+        weights = jax.ShapeDtypeStruct((config.data.batch,), jnp.int32)
+        jax.eval_shape(program.evaluate, program.state_shapes, program.batch_shapes, weights)
+        return
     try:
         after, _ = program.step.eval_shape(program.state_shapes, program.batch_shapes, hyper(config))
     except ValueError:
@@ -117,7 +121,7 @@ def _build(config: RunConfig, spec: DataSpec) -> Program:
         step=jax.jit(functools.partial(_step, config, model), donate_argnums=0),
         evaluate=jax.jit(functools.partial(evaluate_batch, model)),
         state_shapes=jax.eval_shape(init, 0, numbers),
-        batch_shapes=_batch_shapes(spec, config.data.batch),
+        batch_shapes=batch_shapes(spec, config.data.batch),
         spec=spec,
     )
 
@@ -266,7 +270,7 @@ def _same_bits(a: jax.Array, b: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(a, bits) == jax.lax.bitcast_convert_type(b, bits)
 
 
-def _batch_shapes(spec: DataSpec, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(spec: DataSpec, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns what a training batch looks like."""
     shape = (batch, *spec.input_shape)
     return {

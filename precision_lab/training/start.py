@@ -1,5 +1,6 @@
 """Where a run begins, as data, and under what else it is evaluated. JAX is not imported here."""
 
+import functools
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -36,6 +37,8 @@ class Policies(dict[str, str]):
 
 def _canonical(policies: Any) -> Any:
     """Returns policies as their canonical strings."""
+    if policies is None:  # `evals: null` takes away what an arm would inherit
+        return {}
     if not isinstance(policies, dict):
         raise ValueError(f"expected names with a policy each, such as int4: 'weight=int4@channel', got {policies!r}")
     return {str(name): canonical_policy(policy) for name, policy in policies.items()}
@@ -53,5 +56,15 @@ def canonical_policy(value: Any) -> str:
 
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.@+-]*$", max_length=64)]
+
+
+@functools.lru_cache(maxsize=1024)
+def quantizes_parameters(policy: str) -> bool:
+    """Returns whether a policy has a quantizer for parameters, somewhere."""
+    parsed = Policy.parse(policy)
+    keys = ("weight", "embedding")
+    return any(getattr(parsed, key) is not None for key in keys) or any(rule.quantizes(*keys) for rule in parsed.rules)
+
+
 NamedPolicies = Annotated[dict[Name, str], BeforeValidator(_canonical), AfterValidator(Policies)]
 """Field type: policies by name."""

@@ -1,6 +1,7 @@
 """The transforms of a run's first parameters, carried out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -34,19 +35,43 @@ def transformed(params: Any, transforms: Sequence[TransformConfig], seed: int) -
     Raises:
       ValueError: a pattern matches nothing, or matches what does not fit together.
     """
+    return _one_by_one(params, list(enumerate(transforms)), seed)
+
+
+def _one_by_one(params: Any, transforms: list[tuple[int, TransformConfig]], seed: int) -> tuple[Any, dict[str, float]]:
+    """Does what `transformed` says, of numbered transforms."""
     flat = flatten_dict(params)
     names = {"/".join(map(str, path)): path for path in flat}
     arrays: Named = {name: flat[path] for name, path in names.items()}  # pyright: ignore[reportAssignmentType]
     counts: list[Audit] = []
     stream = jax.random.fold_in(jax.random.key(seed), _STREAM)
-    for i, one in enumerate(transforms):
-        try:
+    for i, one in transforms:
+        with _named(i, one):
             arrays |= _changes(one, arrays, jax.random.fold_in(stream, i), counts)
-        except ValueError as error:
-            raise ValueError(f"transforms.{i} ({one.kind}): {error}") from None
     audit = sum(counts, Audit(0, 0, 0, 0))
     named = {name: float(getattr(audit, name)) for name in AUDITED} if counts else {}
     return unflatten_dict({names[name]: array for name, array in arrays.items()}), named
+
+
+def check_transforms(shapes: Any, transforms: Sequence[TransformConfig]) -> None:
+    """Raises ValueError for what `transformed` would refuse, from the shapes of the parameters alone."""
+    names = ["/".join(map(str, path)) for path in flatten_dict(shapes)]
+    for i, one in enumerate(transforms):
+        if isinstance(one, StoreConfig):
+            with _named(i, one):
+                _matching(one.paths, names)
+    others = [(i, one) for i, one in enumerate(transforms) if not isinstance(one, StoreConfig)]
+    for i, one in others:
+        jax.eval_shape(lambda params, i=i, one=one: _one_by_one(params, [(i, one)], 0)[0], shapes)
+
+
+@contextmanager
+def _named(i: int, one: TransformConfig) -> Iterator[None]:
+    """Says of an error which transform it comes from."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"transforms.{i} ({one.kind}): {error}") from None
 
 
 def _changes(one: TransformConfig, arrays: Named, key: jax.Array, counts: list[Audit]) -> Named:
@@ -109,7 +134,7 @@ def _paired(first: str, second: str, arrays: Named) -> list[tuple[str, str]]:
     return list(zip(*pairs, strict=True))
 
 
-def _matching(pattern: str, arrays: Named) -> list[str]:
+def _matching(pattern: str, arrays: Iterable[str]) -> list[str]:
     """Returns the paths that match a pattern, sorted."""
     found = sorted(name for name in arrays if glob_matches(pattern, name))
     if not found:

@@ -94,6 +94,7 @@ def test_what_begins_from_a_run_that_did_not_end_well_fails_and_says_so(training
         ({"a": {"start": {"arm": "b"}}, "b": {"start": {"arm": "a"}}}, "start from one another: a -> b -> a"),
         ({"a": {"start": {"arm": "a"}}}, "start from one another: a -> a"),
         ({"a": {}, "b": {"start": {}}}, "give start.arm"),
+        ({"a": {"train": {"steps": 0}}, "b": {"start": {"arm": "a"}}}, "trains nothing and saves nothing"),
         ({"a": {}, "b": {"start": {"arm": "a"}, "model": {"hidden": [5]}}}, "trains another model"),
         ({"a": {"data": "mnist"}, "b": {"start": {"arm": "a"}}}, "learns data of another shape"),
     ],
@@ -145,3 +146,13 @@ def test_the_pool_of_processes_starts_no_run_before_the_one_it_begins_from_has_e
     assert pool._next(planned[2:3], []) is not None  # what it begins from is not ours to run: the run itself will tell
     pool._children = [child]
     assert pool._next([], [planned[1]]) is planned[1]
+
+
+def test_a_column_may_be_of_a_metric_that_only_some_arms_log(training):
+    arms = {"a": {}, "b": {"evals": {"half": "float16"}}}
+
+    results, _ = run({**CHAIN, "baseline": "", "arms": arms, "metrics": ["eval/loss", "eval_half/loss"], "seeds": [0]})
+
+    assert results.rows[0].cells["eval_half/loss"].mean is None
+    with pytest.raises(ValueError, match="no metric 'eval_hal/loss'; did you mean 'eval_half/loss'"):
+        load(arms, metrics=["eval_hal/loss"], claims=[])

@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import precision_lab as pl
 from precision_lab import data, models
 from precision_lab.nn import apply_policy
 from precision_lab.runner.identity import run_id
+from precision_lab.runner.known import metric_names
 from precision_lab.training import RunConfig, check, train
 from precision_lab.training.beginning import beginning
 from precision_lab.training.program import program_for
@@ -78,9 +80,7 @@ def test_evals_are_the_same_parameters_under_other_policies(tmp_path):
     result, sink = run(evals=evals)
 
     assert sorted(sink.of("eval_int3")) == sorted(sink.of("eval"))
-    assert {k: v for k, v in sink.of("eval_float32")[20].items() if k != "split"} == {
-        k: v for k, v in sink.of("eval")[20].items() if k != "split"
-    }
+    assert {**sink.of("eval_float32")[20], "split": "eval"} == {**sink.of("eval")[20], "excess": 0.0}
     trained = run(policy="weight=int3@channel", train={"steps": 0})[1].of("eval")[0]["loss"]
     assert sink.of("eval_int3")[0]["loss"] == trained  # before the first step both hold the same parameters
     assert result.metrics["eval_int3/loss"] != result.metrics["eval/loss"]
@@ -128,3 +128,20 @@ def test_names_of_arms_are_no_part_of_what_a_run_is():
     a, b = (RunConfig.model_validate({**BASE, "start": {"arm": arm, "run": config()}}) for arm in "ab")
 
     assert run_id(a) == run_id(b) != run_id(config())
+
+
+def test_an_evaluation_tells_what_it_costs_and_what_quantizers_lose_of_the_weights():
+    evals = {"int3": "weight=int3@channel", "half": HALF}
+
+    result, sink = run(train={"steps": 0}, evals=evals, policy="weight=int8@channel")
+
+    assert result.metrics["eval_int3/excess"] == result.metrics["eval_int3/loss"] - result.metrics["eval/loss"]
+    model = models.build(config().model, config().data.spec(), 0)
+    for split, quantizer in {"weights": "int8@channel", "weights_int3": "int3@channel"}.items():
+        kernels = [np.float64(layer.kernel.get_raw_value()) for layer in (model.layers[0], model.head)]
+        lost = [np.float64(pl.fake_quantize(np.float32(one), quantizer, axis=0)) - one for one in kernels]
+        expected = sum(np.sum(one**2) for one in lost) / sum(np.sum(one**2) for one in kernels)
+        assert sink.of(split)[0]["relative_mse"] == pytest.approx(expected, rel=1e-5)
+    assert sink.of("weights_half") == {}
+    logged = {name for name in result.metrics if not name.startswith("train/")}
+    assert logged == metric_names(config(train={"steps": 0}, evals=evals, policy="weight=int8@channel"))
