@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -55,7 +56,7 @@ def train_group(
                     configs[number],
                     checkpoint_dir=checkpoint_dirs[number],
                     sink=sinks[number],
-                    on_step=None if on_step is None else lambda step, loss: on_step(number, step, loss),
+                    on_step=None if on_step is None else functools.partial(on_step, number),
                 )
             except Exception as error:
                 return error
