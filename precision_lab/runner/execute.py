@@ -105,7 +105,7 @@ def run(
     chosen = executors.get(executor, jobs)
     experiment = load(source, presets=presets, settings=settings, axes=axes, arms=arms, seeds=seeds, imports=imports)
     planned = check(experiment, out)
-    env = fingerprint()
+    env = {**fingerprint(), **executors.FINGERPRINTS.get(executor, {})}
     pending = [one for one in planned if one.run.status()["state"] not in FINISHED]
     for line in _reused(planned, pending, env):
         say(line)

@@ -1,7 +1,8 @@
 """Executors: who runs the runs of an experiment. Each has its own file, and all call `trial.execute_trial`.
 
 An executor gets a list of runs that are to be made, so that it may group them, and returns when each has ended, as its
-directory says. `serial` runs one after another in this process, `process` in one subprocess each.
+directory says. `serial` runs one after another in this process, `process` in one subprocess each, `vmap` those that
+share a program at once in this process.
 """
 
 import os
@@ -15,7 +16,9 @@ from precision_lab.runner.environment import registered_modules
 from precision_lab.runner.stopping import Stop
 from precision_lab.runner.trial import Planned, Progress
 
-EXECUTORS = ("serial", "process")
+EXECUTORS = ("serial", "process", "vmap")
+FINGERPRINTS = {"vmap": {"executor": "vmap"}}
+"""What an executor adds to the fingerprint, if its numbers are those of the others to rounding only."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def get(name: str, jobs: int | None) -> Executor:
         raise ValueError(f"jobs is how many runs at once, at least 1, got {jobs}.")
     if jobs not in (None, 1) and name == "serial":
         raise ValueError(f"executor {name!r} makes one run at a time, got jobs={jobs}; choose executor 'process'.")
-    if name != "serial":  # This process trains nothing, and must not take the memory of a GPU.
+    if name not in ("serial", "vmap"):  # This process trains nothing, and must not take the memory of a GPU.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     return import_module(f"{__name__}.{name}")  # type: ignore[return-value]
 
