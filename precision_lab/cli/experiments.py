@@ -30,7 +30,12 @@ Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of all r
 Import = Annotated[
     list[str] | None, typer.Option("--import", metavar="MODULE", help="Import a module that registers models or data.")
 ]
-Executor = Annotated[str, typer.Option("--executor", metavar="NAME", help="Who runs the runs: serial or process.")]
+Executor = Annotated[
+    str,
+    typer.Option(
+        "--executor", metavar="NAME", help="Who runs: serial, process, ray, or slurm:partition=gpu,timeout_min=600."
+    ),
+]
 Jobs = Annotated[int | None, typer.Option("--jobs", metavar="N", help="How many runs at once.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
