@@ -124,7 +124,7 @@ def _execute(pending: Sequence[Planned], executor: executors.Executor, given: Ma
     from precision_lab.training.progress import RunProgress
 
     with RunProgress(len(pending)) as progress, stop_on_signals() as stop:
-        for wave in _waves(pending):
+        for wave in _waves(pending) if executor.IN_WAVES else [pending]:
             executor.execute(wave, executors.Context(progress=progress, stop=stop, **given))
 
 

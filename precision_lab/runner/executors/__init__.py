@@ -43,7 +43,14 @@ class Context:
 
 
 class Executor(Protocol):
-    """What a module of this package is: a function that executes runs."""
+    """What a module of this package is: a function that executes runs.
+
+    Attributes:
+      IN_WAVES: whether it must be given lists in which no run begins from another of the same list; otherwise a run
+        comes after the one that it begins from.
+    """
+
+    IN_WAVES: bool
 
     def execute(self, pending: Sequence[Planned], context: Context) -> None:
         """Executes runs, whatever becomes of each.

@@ -43,6 +43,9 @@ class Child:
         return _output(self.one.run)
 
 
+IN_WAVES = False
+
+
 def execute(pending: Sequence[Planned], context: Context) -> None:
     """Executes runs in subprocesses, `jobs` at once; those that other commands hold come last, and are waited for."""
     _Pool(context).go(pending)

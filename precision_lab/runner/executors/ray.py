@@ -20,6 +20,8 @@ _POLL_S = 0.5
 _RETRIES = 2
 _RESOURCES = {"num_cpus": 1.0, "num_gpus": 0.0}
 
+IN_WAVES = True
+
 
 def execute(pending: Sequence[Planned], context: Context) -> None:
     """Executes runs on a cluster, `jobs` at once, or as many as it has room for."""

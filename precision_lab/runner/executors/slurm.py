@@ -29,6 +29,8 @@ _POLL_S = 1.0
 _SIGNAL_DELAY_S = 120
 _COMMON = ("timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node")
 
+IN_WAVES = True
+
 
 def execute(pending: Sequence[Planned], context: Context) -> None:
     """Submits runs as an array, and waits until each has ended."""
