@@ -31,7 +31,8 @@ Import = Annotated[
     list[str] | None, typer.Option("--import", metavar="MODULE", help="Import a module that registers models or data.")
 ]
 Executor = Annotated[
-    str, typer.Option("--executor", metavar="NAME", help="Who runs the runs: serial, process or vmap.")
+    str,
+    typer.Option("--executor", metavar="NAME", help="Who runs: serial, process, vmap, ray, slurm:partition=gpu."),
 ]
 Jobs = Annotated[int | None, typer.Option("--jobs", metavar="N", help="How many runs at once.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

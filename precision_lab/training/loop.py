@@ -19,12 +19,8 @@ from precision_lab.data import DataConfig, Dataset
 from precision_lab.training.beginning import beginning, check_beginning
 from precision_lab.training.checkpointing import Checkpoints
 from precision_lab.training.config import RunConfig
-<<<<<<< HEAD
 from precision_lab.training.evaluation import check_evaluations, evaluate, under_other_policies, weight_errors
-=======
-from precision_lab.training.evaluation import check_evaluations, evaluate, under_other_policies
 from precision_lab.training.lockstep import alone, in_lane
->>>>>>> i6-S
 from precision_lab.training.numbers import hyper
 from precision_lab.training.program import Program, check_program, program_for
 from precision_lab.training.state import NEVER, TrainState, all_finite

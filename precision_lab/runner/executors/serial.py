@@ -6,6 +6,8 @@ from precision_lab.runner.executors import Context
 from precision_lab.runner.rundir import BusyError
 from precision_lab.runner.trial import Planned, execute_trial
 
+IN_WAVES = False
+
 
 def execute(pending: Sequence[Planned], context: Context) -> None:
     """Executes runs in turn; those that another process holds come last, and are waited for."""
