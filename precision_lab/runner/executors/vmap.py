@@ -12,30 +12,17 @@ from typing import Any
 
 from precision_lab.runner.executors import Context, serial
 from precision_lab.runner.groups import structure_of
-from precision_lab.runner.parents import parent_of
 from precision_lab.runner.rundir import BusyError
 from precision_lab.runner.trial import Planned, Progress, execute_trial
 from precision_lab.training.config import RunConfig
 
+IN_WAVES = True
+
 
 def execute(pending: Sequence[Planned], context: Context) -> None:
-    """Executes runs, those of equal structure at once, `jobs` of them at most; none before the run it begins from."""
-    remaining = list(pending)
-    while remaining:
-        ids = {one.run.id for one in remaining}
-        ready = [one for one in remaining if _parent_id(one) not in ids] or remaining
-        remaining = [one for one in remaining if one not in ready]
-        for runs in _together(ready, context):
-            if len(runs) == 1:
-                serial.execute(runs, context)
-            else:
-                serial.execute(_at_once(runs, context), context)
-
-
-def _parent_id(one: Planned) -> str:
-    """Returns the name of the run that a run begins from, or nothing."""
-    above = parent_of(one.run, one.config)  # pyright: ignore[reportArgumentType] (a probe has none)
-    return "" if above is None else above.id
+    """Executes runs, those of equal structure at once, `jobs` of them at most."""
+    for runs in _together(pending, context):
+        serial.execute(runs if len(runs) == 1 else _at_once(runs, context), context)
 
 
 def _together(runs: Sequence[Planned], context: Context) -> Iterator[list[Planned]]:
