@@ -17,6 +17,8 @@ from precision_lab.runner.rundir import BusyError
 from precision_lab.runner.trial import Planned, Progress, execute_trial
 from precision_lab.training.config import RunConfig
 
+IN_WAVES = False
+
 
 def execute(pending: Sequence[Planned], context: Context) -> None:
     """Executes runs, those of equal structure at once, `jobs` of them at most; none before the run it begins from."""
@@ -90,7 +92,10 @@ def _execute(one: Planned, context: Context, telling: threading.Lock) -> None:
     """Executes one run in its lane."""
     one.run.prepare(one.config)
     progress = _OfRun(context.progress, one.run.id, telling)
-    execute_trial(one.run, env=context.env, progress=progress, label=one.label, say=context.say, stop=context.stop)
+    execute_trial(
+        one.run, env=context.env, progress=progress, label=one.label, say=context.say, stop=context.stop,
+        trackers=context.trackers,
+    )  # fmt: skip
 
 
 def _next(ended: Any, context: Context) -> tuple[Planned, BaseException | None]:
