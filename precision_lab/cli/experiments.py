@@ -35,6 +35,9 @@ Executor = Annotated[
     typer.Option("--executor", metavar="NAME", help="Who runs: serial, process, vmap, ray, slurm:partition=gpu."),
 ]
 Jobs = Annotated[int | None, typer.Option("--jobs", metavar="N", help="How many runs at once.")]
+Tracker = Annotated[
+    str, typer.Option("--tracker", metavar="NAMES", help="Show metrics in tensorboard, wandb, mlflow as well.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -58,6 +61,7 @@ def run(
     imports: Import = None,
     executor: Executor = "serial",
     jobs: Jobs = None,
+    tracker: Tracker = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count, as check does; runs nothing.")] = False,
     json: Json = False,
 ) -> None:
@@ -73,7 +77,9 @@ def run(
         _show_plan(experiment, out, as_json=json)
         return
     try:
-        results = runner.run(experiment, out=out, executor=executor, jobs=jobs, say=say)
+        results = runner.run(
+            experiment, out=out, executor=executor, jobs=jobs, tracker=[*filter(None, tracker.split(","))], say=say
+        )
     except runner.Preempted:
         say("preempted. What was going on is saved; the same command continues.")
         raise typer.Exit(75) from None

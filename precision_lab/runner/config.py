@@ -70,6 +70,7 @@ class ExperimentConfig(BaseModel):
       seeds: each arm is run once for each; in a file also as text, `0..4`.
       baseline: the arm that the others are compared with; the first one if not given.
       metrics: columns of the result table, such as `eval/loss`; a sensible pair if not given.
+      tracker: what else shows the metrics, such as `tensorboard`; no part of any identity.
       claims: what is judged when the runs are done.
       paper: where the claims come from.
     """
@@ -86,6 +87,7 @@ class ExperimentConfig(BaseModel):
     seeds: tuple[Seed, ...] = Field(default=(0,), min_length=1)
     baseline: str = ""
     metrics: tuple[str, ...] = ()
+    tracker: tuple[str, ...] = ()
     claims: tuple[Claim, ...] = ()
 
     _runs: Runs = PrivateAttr(default_factory=dict)

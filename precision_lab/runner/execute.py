@@ -23,6 +23,7 @@ from precision_lab.runner.rundir import FINISHED, TRIALS, run_dir
 from precision_lab.runner.starts import ancestry
 from precision_lab.runner.stopping import stop_on_signals
 from precision_lab.runner.store import ARMS
+from precision_lab.runner.trackers import refuse_unknown
 from precision_lab.runner.trial import Planned
 from precision_lab.runner.yaml12 import dump
 from precision_lab.training import RunConfig
@@ -84,6 +85,7 @@ def run(
     imports: Sequence[str] = (),
     executor: str = "serial",
     jobs: int | None = None,
+    tracker: Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> Results:
     """Runs what of an experiment has not been run yet, writes its report, and returns the results.
@@ -95,6 +97,7 @@ def run(
       out: folder of all results.
       executor: who runs them, perhaps with options, see `precision_lab.runner.executors`.
       jobs: how many at once, for executors that can.
+      tracker: names of what shows the metrics besides the record, instead of the experiment's `tracker`.
       say: receives one-line messages.
 
     Raises:
@@ -104,6 +107,8 @@ def run(
     """
     chosen, options = executors.get(executor, jobs)
     experiment = load(source, presets=presets, settings=settings, axes=axes, arms=arms, seeds=seeds, imports=imports)
+    trackers = tracker or experiment.tracker
+    refuse_unknown(trackers)
     planned = check(experiment, out)
     env = {**fingerprint(), **executors.FINGERPRINTS.get(executor, {})}
     pending = [one for one in planned if one.run.status()["state"] not in FINISHED]
@@ -112,7 +117,8 @@ def run(
     with _room_in(Path(out), say):
         _save_experiment(experiment, Path(out))
         if pending:
-            _execute(pending, chosen, {"env": env, "jobs": jobs, "options": options, "say": say})
+            given = {"env": env, "jobs": jobs, "options": options, "say": say, "trackers": tuple(trackers)}
+            _execute(pending, chosen, given)
     results = read(experiment, out)
     with _room_in(Path(out), lambda why: say(f"the report was not written: {why}")):
         results.report()

@@ -35,6 +35,7 @@ class Context:
       stop: asks to save and end at the next step.
       jobs: how many runs at once; None leaves it to the executor.
       options: of the executor.
+      trackers: names of what shows the metrics of the runs.
     """
 
     env: Mapping[str, Any]
@@ -43,6 +44,7 @@ class Context:
     stop: Stop
     jobs: int | None = None
     options: Mapping[str, str] = field(default_factory=dict)
+    trackers: tuple[str, ...] = ()
 
 
 class Executor(Protocol):

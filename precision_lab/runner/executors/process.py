@@ -107,6 +107,7 @@ class _Pool:
         path.parent.mkdir(exist_ok=True)
         words = [str(one.run.path), one.label, *(["--wait"] if wait else [])]
         words += [word for module in modules_to_import(one) for word in ("--import", module)]
+        words += [word for name in self._context.trackers for word in ("--tracker", name)]
         with path.open("wb") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", _WORKER, *words],

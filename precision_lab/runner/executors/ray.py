@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from precision_lab.runner.environment import cores
@@ -35,7 +36,8 @@ def execute(pending: Sequence[Planned], context: Context) -> None:
         while going or (waiting and not context.stop()):
             while waiting and len(going) < (context.jobs or len(pending)) and not context.stop():
                 one = waiting.pop(0)
-                going[task.remote(str(one.run.path.absolute()), one.label, imports[one.run.id])] = one
+                words = one.label, imports[one.run.id], context.trackers
+                going[task.remote(str(one.run.path.absolute()), *words)] = one
             if context.stop():
                 for reference in going:
                     ray.cancel(reference)
@@ -46,13 +48,13 @@ def execute(pending: Sequence[Planned], context: Context) -> None:
     context.stop.end_run()
 
 
-def _run(directory: str, label: str, imports: Sequence[str]) -> str:
+def _run(directory: str, label: str, imports: Sequence[str], trackers: Sequence[str]) -> str:
     """Executes a run in a worker of the cluster; a worker that follows one that died waits for its lock."""
     from precision_lab.runner.executors.worker import Channel, execute
 
     with open(os.devnull, "w") as nowhere:
         try:
-            return execute(RunDir(directory), label, imports, Channel(nowhere), wait=True)  # type: ignore[arg-type]
+            return execute(RunDir(Path(directory)), label, imports, trackers, Channel(nowhere), wait=True)
         except (KeyboardInterrupt, SystemExit):  # It was stopped, and its directory says so.
             return "stopped"
 

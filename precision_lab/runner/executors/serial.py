@@ -28,5 +28,5 @@ def _execute(one: Planned, context: Context, *, wait: bool) -> None:
     one.run.prepare(one.config)
     execute_trial(
         one.run, env=context.env, progress=context.progress, label=one.label, say=context.say, stop=context.stop,
-        wait=wait,
+        trackers=context.trackers, wait=wait,
     )  # fmt: skip

@@ -74,18 +74,19 @@ def _submit(pending: Sequence[Planned], imports: Sequence[Sequence[str]], contex
     os.environ.update(environment())
     try:
         directories = [str(one.run.path.absolute()) for one in pending]
-        return executor.map_array(run_in_job, directories, [one.label for one in pending], imports)
+        trackers = [context.trackers] * len(pending)
+        return executor.map_array(run_in_job, directories, [one.label for one in pending], imports, trackers)
     finally:
         os.environ.clear()
         os.environ.update(before)
 
 
-def run_in_job(directory: str, label: str, imports: Sequence[str]) -> str:
+def run_in_job(directory: str, label: str, imports: Sequence[str], trackers: Sequence[str] = ()) -> str:
     """Executes a run inside a job, and puts the job back into the queue if its time is up."""
     from precision_lab.runner.executors.worker import Channel, execute
 
     try:
-        return execute(RunDir(Path(directory)), label, imports, Channel(sys.stderr), wait=True)
+        return execute(RunDir(Path(directory)), label, imports, trackers, Channel(sys.stderr), wait=True)
     except Preempted as stopped:
         if stopped.number == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ:
             subprocess.run(["scontrol", "requeue", _job_id()], check=True, timeout=60)
