@@ -70,6 +70,7 @@ JAX = {
     24: [
         "quant/test_sweep.test_a_sweep_over_widths_compiles_once",
         "nn/test_traced_numbers.test_check_24_a_sweep_of_seven_widths_is_one_program_and_each_is_bit_for_bit_itself",
+        "bench/test_quant.test_check_24_a_sweep_of_seven_widths_is_one_program_whose_losses_are_those_of_each_width",
     ],
     25: [
         "quant/test_sweep.test_vmapped_traced_and_static_quantizers_agree",
