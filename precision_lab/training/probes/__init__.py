@@ -10,9 +10,10 @@ from precision_lab.training.probes.config import (
     PROBES,
     AnyProbe,
     DotProductConfig,
+    LeastSquaresConfig,
     ProbeConfig,
     ProbeRun,
     register_probe,
 )
 
-__all__ = ["PROBES", "AnyProbe", "DotProductConfig", "ProbeConfig", "ProbeRun", "register_probe"]
+__all__ = ["PROBES", "AnyProbe", "DotProductConfig", "LeastSquaresConfig", "ProbeConfig", "ProbeRun", "register_probe"]
