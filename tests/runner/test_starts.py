@@ -135,3 +135,21 @@ def test_a_column_may_be_of_a_metric_that_only_some_arms_log(training):
     assert results.rows[0].cells["eval_half/loss"].mean is None
     with pytest.raises(ValueError, match="no metric 'eval_hal/loss'; did you mean 'eval_half/loss'"):
         load(arms, metrics=["eval_hal/loss"], claims=[])
+
+
+@pytest.mark.parametrize(
+    ("first", "merge", "words"),
+    [
+        (
+            {"lora": {"rank": 2}},
+            False,
+            "start.arm: .* ends with adapters beside its weights: merge: true",
+        ),
+        ({}, True, "start.merge: arm 'a' ends with no adapters to merge"),
+    ],
+)
+def test_adapters_are_merged_where_there_are_any_and_nowhere_else(first, merge, words):
+    with pytest.raises(ValueError, match=words):
+        load({"a": first, "b": {"start": {"arm": "a", "merge": merge}}}, claims=[])
+
+    assert load({"a": first, "b": {"start": {"arm": "a", "merge": not merge}}}, claims=[]).size() == 4
