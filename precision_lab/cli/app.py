@@ -15,7 +15,8 @@ OK, BAD_INPUT, SOME_FAILED, DIVERGED, INTERRUPTED = 0, 2, 3, 4, 130
 app = typer.Typer(
     name="precision-lab",
     help="What happens to this model if these tensors have these number formats?",
-    epilog="Exit codes: 0 ok, 2 bad input, 3 some runs failed, 4 some diverged, 130 interrupted. "
+    epilog="Exit codes: 0 ok, 2 bad input, 3 some runs failed, 4 some diverged, 75 preempted, "
+    "130 interrupted; after the last two the same command continues. "
     "PRECISION_LAB_TRACEBACK=1 shows where an error comes from.",
     no_args_is_help=True,
     add_completion=True,

@@ -30,6 +30,8 @@ Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of all r
 Import = Annotated[
     list[str] | None, typer.Option("--import", metavar="MODULE", help="Import a module that registers models or data.")
 ]
+Executor = Annotated[str, typer.Option("--executor", metavar="NAME", help="Who runs the runs: serial or process.")]
+Jobs = Annotated[int | None, typer.Option("--jobs", metavar="N", help="How many runs at once.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -51,6 +53,8 @@ def run(
     seeds: Seeds = "",
     out: Out = Path("runs"),
     imports: Import = None,
+    executor: Executor = "serial",
+    jobs: Jobs = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count, as check does; runs nothing.")] = False,
     json: Json = False,
 ) -> None:
@@ -66,7 +70,10 @@ def run(
         _show_plan(experiment, out, as_json=json)
         return
     try:
-        results = runner.run(experiment, out=out, say=say)
+        results = runner.run(experiment, out=out, executor=executor, jobs=jobs, say=say)
+    except runner.Preempted:
+        say("preempted. What was going on is saved; the same command continues.")
+        raise typer.Exit(75) from None
     except KeyboardInterrupt:
         say("interrupted. What is finished is kept; the same command continues.")
         raise typer.Exit(130) from None
@@ -98,6 +105,7 @@ def check(
 def _show_plan(experiment: "ExperimentConfig", out: Path, *, as_json: bool) -> None:
     """Prints what running an experiment would mean, after making sure that every arm can start."""
     from precision_lab import runner
+    from precision_lab.runner.groups import describe, groups
     from precision_lab.runner.planning import outlook
     from precision_lab.runner.summary import change_text, varied
     from precision_lab.runner.terminal import text_table
@@ -113,11 +121,13 @@ def _show_plan(experiment: "ExperimentConfig", out: Path, *, as_json: bool) -> N
         }
         for arm in experiment.arms
     ]
+    found = groups(experiment)
     data = {"experiment": experiment.name, **plan.to_dict(), "axes": experiment.axes, "arms": rows}
+    data["programs"] = [{"arms": one.arms, "runs": one.runs, "reason": one.reason} for one in found]
     cells = [(row["arm"], change_text(row["changes"]) or "(baseline)", " ".join(_states(row["runs"]))) for row in rows]
     show(text_table(["arm", "differs from the baseline in", "seeds"], cells), data, as_json=as_json)
     if not as_json:
-        typer.echo("\n".join(plan.sentences()))
+        typer.echo("\n".join([*plan.sentences(), describe(found)]))
 
 
 def _states(runs: dict[str, Any]) -> list[str]:

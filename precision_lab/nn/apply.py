@@ -9,14 +9,14 @@ from typing import Any, TypeVar
 from flax import linen, nnx
 
 from precision_lab.nn.linen_policy import linen_sites, linen_under_policy
-from precision_lab.nn.nnx_policy import nnx_sites, nnx_under_policy
+from precision_lab.nn.nnx_policy import nnx_sites, nnx_under_policy, set_numbers
+from precision_lab.nn.numbers import require_keys
 from precision_lab.nn.pure import require_function
 from precision_lab.policy import Policy
 from precision_lab.quant import QuantizerParams
 from precision_lab.rewrite import SiteTable, apply_to_function, sites_of_function
 
 Target = TypeVar("Target")
-_WITH_NUMBERS = ("weight", "activation", "attention", "embedding")
 
 
 def apply_policy(target: Target, policy: Any, *, numbers: Mapping[str, QuantizerParams] | None = None) -> Target:
@@ -29,10 +29,11 @@ def apply_policy(target: Target, policy: Any, *, numbers: Mapping[str, Quantizer
     Args:
       target: an `nnx.Module` instance, a `linen.Module` instance, or a function `fn(params, *args, **kwargs)`.
       policy: a Policy, its string, a preset's name, or a jmp.Policy.
-      numbers: for a function: by setting ("weight", "activation", "attention", "embedding"), what its quantizers take
-        in place of their own numbers, as of `quant.quantizer_params` or, for vmap, `quant.stack_quantizers`. They may
-        be traced, so that a sweep over bit widths is one program. These products are simulated; weights that are
-        stored quantized stay as they are.
+      numbers: for a function or an NNX model: by setting ("weight", "activation", "attention", "embedding"), what its
+        quantizers take in place of their own numbers, as of `quant.quantizer_params` or, for vmap,
+        `quant.stack_quantizers`; where a rule decides the setting, it is `pattern:setting`. They may be traced, so
+        that a sweep over bit widths is one program. These products are simulated; weights that are stored quantized
+        stay as they are. An NNX model keeps them in a variable; `nn.numbers.apart` takes them out of a policy.
 
     Returns:
       The same kind of thing:
@@ -43,7 +44,7 @@ def apply_policy(target: Target, policy: Any, *, numbers: Mapping[str, Quantizer
       a function of the same signature.
 
     Raises:
-      TypeError: `target` is none of these, or numbers are given for a model.
+      TypeError: `target` is none of these, or numbers are given for a Linen model.
       ValueError: the policy cannot be parsed, or numbers are for no setting; on a call, a rule that matches no site,
         or a quantizer with a state ("lsq", "ema"), which `prepare_qat` and `QAT` hold.
 
@@ -63,15 +64,15 @@ def apply_policy(target: Target, policy: Any, *, numbers: Mapping[str, Quantizer
 
 
 def _with_numbers(target: Any, policy: Policy, numbers: Mapping[str, QuantizerParams]) -> Any:
-    """Returns a function under a policy whose quantizers have other numbers."""
-    if isinstance(target, (nnx.Module, linen.Module)):
-        raise TypeError(
-            f"numbers= are for functions, whose calls they can be traced with; make one of {type(target).__name__}: "
-            "lambda state, x: nnx.merge(graphdef, state)(x), or model.apply."
-        )
+    """Returns a function or an NNX model under a policy whose quantizers have other numbers."""
+    if isinstance(target, linen.Module):
+        raise TypeError(f"numbers= are for functions and NNX models; make a function of {type(target).__name__}.apply.")
+    require_keys(policy, numbers)
+    if isinstance(target, nnx.Module):
+        model = nnx_under_policy(target, policy)
+        set_numbers(model, numbers)
+        return model
     require_function(target)
-    if unknown := set(numbers) - set(_WITH_NUMBERS):
-        raise ValueError(f"numbers= are for the settings {', '.join(_WITH_NUMBERS)}, got {sorted(unknown)}.")
     return apply_to_function(target, policy, numbers)
 
 

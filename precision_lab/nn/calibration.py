@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 
-from precision_lab.nn.carried import Scales, given_scales, refuse_adapters
+from precision_lab.nn.carried import Scales, given_scales, refuse_carried
 from precision_lab.nn.pure import PureCall, apart, pure_call, signature
 from precision_lab.policy import Policy
 from precision_lab.policy.deriving import for_inference, with_static_scales, without_quantizers
@@ -64,7 +64,13 @@ class Calibrated:
 
 
 def calibrate(
-    target: Any, policy: Any, batches: Iterable[Any], params: Any = None, *, momentum: float = 0.1
+    target: Any,
+    policy: Any,
+    batches: Iterable[Any],
+    params: Any = None,
+    *,
+    momentum: float = 0.1,
+    on_nonfinite: str = "warn",
 ) -> Calibrated:
     """Returns `target` with static scales for the activations that `policy` quantizes.
 
@@ -80,16 +86,21 @@ def calibrate(
         arguments; no labels.
       params: a Linen model's variables, or a function's params.
       momentum: of "ema".
+      on_nonfinite: "warn", or "raise" for an error where activations have NaNs or infinities.
 
     Raises:
       TypeError: `params` is missing or not for this target.
-      ValueError: the policy quantizes no activation, there are no batches, or activations have scales by group.
+      ValueError: the policy quantizes no activation, there are no batches, activations have scales by group, or a
+        model that is converted, trained by prepare_qat or has adapters, which calibration would pass over; under
+        "raise" NaNs and infinities.
 
     Warns: of NaNs and infinities in activations, which are left out of the ranges.
 
     Source: Krishnamoorthi, "Quantizing deep convolutional networks", 2018, arXiv:1806.08342, section 3.1.
     """
-    refuse_adapters(target, params, "calibrate")
+    refuse_carried(target, params, "calibrate")
+    if on_nonfinite not in ("warn", "raise"):
+        raise ValueError(f"on_nonfinite={on_nonfinite!r} must be 'warn' or 'raise'.")
     policy = with_static_scales(for_inference(Policy.parse(policy)))
     states: dict[tuple[str, str], ObserverState] = {}
     observers: Observers = {}
@@ -105,7 +116,7 @@ def calibrate(
     if first is None:
         raise ValueError("calibrate got no batches; give at least one, such as [x] or a list of tuples of arguments.")
     states = _reached(states)
-    _warn_of_nonfinite(states)
+    _tell_of_nonfinite(states, on_nonfinite)
     scales: Scales = {}
     for (site, role), state in states.items():
         scale, zero_point = observers[site, role].scale(state)
@@ -122,8 +133,10 @@ def arguments(target: Any, params: Any, args: Sequence[Any], kwargs: dict[str, A
     """Returns (args, kwargs) of a call, with the params of a target that has none of its own.
 
     Raises:
-      TypeError: they are missing, or given for an NNX model.
+      TypeError: they are missing, or given for an NNX model; or a target that is calibrated already.
     """
+    if isinstance(target, Calibrated):
+        raise TypeError("this model is calibrated already; give the model itself, which is its `target`.")
     if isinstance(target, nnx.Module):
         if params is not None:
             raise TypeError(f"{type(target).__name__} is an NNX model and has its own parameters; leave out params.")
@@ -228,12 +241,13 @@ def _reached(states: dict[tuple[str, str], ObserverState]) -> dict[tuple[str, st
     return {key: state for key, state in states.items() if int(state.updates)}
 
 
-def _warn_of_nonfinite(states: Mapping[tuple[str, str], ObserverState]) -> None:
-    """Warns of sites where NaNs or infinities were seen."""
+def _tell_of_nonfinite(states: Mapping[tuple[str, str], ObserverState], on_nonfinite: str) -> None:
+    """Warns of sites where NaNs or infinities were seen, or raises."""
     counts = {key: int(state.nonfinite) for key, state in states.items() if int(state.nonfinite)}
-    if counts:
-        (site, role), count = next(iter(counts.items()))
-        warnings.warn(
-            f"calibrate left out NaNs and infinities at {len(counts)} operands: '{site}' {role} had {count} of them.",
-            stacklevel=3,
-        )
+    if not counts:
+        return
+    (site, role), count = next(iter(counts.items()))
+    where = f"NaNs and infinities at {len(counts)} operands: '{site}' {role} had {count} of them."
+    if on_nonfinite == "raise":
+        raise ValueError(f"calibrate saw {where}")
+    warnings.warn(f"calibrate left out {where}", stacklevel=3)

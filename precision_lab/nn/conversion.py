@@ -18,8 +18,9 @@ import numpy as np
 from flax import linen, nnx
 
 from precision_lab.nn.calibration import Calibrated, arguments
-from precision_lab.nn.carried import SCALES, Scales, given_scales
+from precision_lab.nn.carried import CONVERTED, SCALES, Scales, given_scales
 from precision_lab.nn.linen_policy import linen_under_policy
+from precision_lab.nn.linen_qat import stored_params
 from precision_lab.nn.nnx_policy import nnx_with_stored
 from precision_lab.nn.pure import apart, pure_call
 from precision_lab.nn.qat_conversion import as_stored, as_trained
@@ -29,7 +30,6 @@ from precision_lab.ptq import round_to_nearest
 from precision_lab.quant import QTensor, quantize
 from precision_lab.rewrite import Use, Uses, call, is_qtensor
 
-CONVERTED = "precision_converted"  # attribute of a function that convert returned
 Method = Callable[[jax.Array, Any, tuple[int, ...]], tuple[QTensor, Any]]
 
 
@@ -188,7 +188,7 @@ def stored_for(weight: Any, use: Use, scale: Mapping[str, jax.Array], method: Me
     def quantized(one: jax.Array, scale: Mapping[str, jax.Array]) -> QTensor:
         one = one.astype(use.dtype).astype(jnp.float32)
         if scale:
-            return quantize(one, use.quantizer, axis=use.axes, **scale)
+            return quantize(one, use.quantizer, axis=use.axes, **scale)  # pyright: ignore[reportArgumentType]
         return method(one, use.quantizer, use.axes)[0]
 
     for _ in range(use.stack):
@@ -219,7 +219,7 @@ def _assembled(target: Any, policy: Policy, calibrated: Calibrated, stored: dict
         return nnx_with_stored(target, policy, stored, scales)
     if isinstance(target, linen.Module):
         variables = dict(calibrated.params)
-        packed = {**variables, "params": replaced(policy.cast_to_param(variables["params"]), stored)}
+        packed = {**variables, "params": replaced(stored_params(policy, variables["params"], variables), stored)}
         return linen_under_policy(target, policy), packed | ({SCALES: scales} if scales else {})
     given = given_scales(scales)
 

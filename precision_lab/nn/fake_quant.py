@@ -125,7 +125,8 @@ class LinenFakeQuant(linen.Module):
     """Returns its input with every element on the grid of a quantizer; a module of Linen.
 
     Learned numbers are in the collection "params", running ones in "quant_stats", which a training step must name as
-    mutable. `init` needs a real batch: learned numbers start from what the module is called with there.
+    mutable. `init` needs a real batch: learned numbers start from what the module is called with there. Under a policy
+    they stay float32, whatever it stores other parameters as.
 
     Attributes:
       quantizer, axis, running, start, delay, freeze, momentum: as for `FakeQuant`.

@@ -14,7 +14,7 @@ from flax import linen
 from flax.core import Scope
 
 from precision_lab.nn.carried import LORA, LORA_FACTOR, SCALES, adapters_of, given_scales
-from precision_lab.nn.linen_qat import started, stepped
+from precision_lab.nn.linen_qat import started, stepped, stored_params
 from precision_lab.nn.qat import QAT
 from precision_lab.policy import Policy
 from precision_lab.rewrite import SiteTable, call, sites_of_function
@@ -86,7 +86,7 @@ def _class_under_policy(plain: Any, policy: Policy, qat: QAT | None) -> type:
 
     def init(self: Any, *args: Any, **kwargs: Any) -> Any:
         params, rest = _split(_as_class(self, plain).init(*args, **kwargs))
-        params = policy.cast_to_param(params)
+        params = stored_params(policy, params, rest)
         if qat is not None:
             options = {"root": plain.__name__, "types": (types := {})}
             params, rest = started(qat, _apply(self, types), params, rest, args, kwargs, options)
@@ -96,7 +96,7 @@ def _class_under_policy(plain: Any, policy: Policy, qat: QAT | None) -> type:
         if qat is not None:
             raise ValueError(f"{plain.__name__}: quantizers start from data, which lazy_init has not; call init.")
         params, rest = _split(_as_class(self, plain).lazy_init(*args, **kwargs))
-        return _join(policy.cast_to_param(params), rest)
+        return _join(stored_params(policy, params, rest), rest)
 
     def tabulate(self: Any, *args: Any, **kwargs: Any) -> str:
         return _as_class(self, plain).tabulate(*args, **kwargs)

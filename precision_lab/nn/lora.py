@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 
-from precision_lab.nn.carried import LORA, LORA_FACTOR, adapters_of
-from precision_lab.nn.conversion import CONVERTED, named, replaced, uses_of
+from precision_lab.nn.carried import CONVERTED, LORA, LORA_FACTOR, adapters_of
+from precision_lab.nn.conversion import named, replaced, uses_of
 from precision_lab.nn.linen_policy import linen_under_policy
 from precision_lab.nn.nnx_policy import carried_by, nnx_under_policy, replace_params
 from precision_lab.policy import Policy

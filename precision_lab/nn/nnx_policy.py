@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from precision_lab.nn.carried import LORA, LORA_FACTOR, SCALES, adapters_of, given_scales
+from precision_lab.nn.carried import LORA, LORA_FACTOR, NUMBERS, SCALES, adapters_of, given_scales
 from precision_lab.nn.fake_quant import QuantParam
 from precision_lab.nn.qat import QAT
 from precision_lab.nn.quantizer_states import STATES, QuantizerStates
@@ -58,6 +58,18 @@ def nnx_with_stored(model: nnx.Module, policy: Policy, stored: dict[str, Any], s
     return copy
 
 
+class QuantizerNumbers(nnx.Variable):
+    """The numbers of a model's quantizers, by setting; no parameter."""
+
+
+def set_numbers(model: nnx.Module, numbers: Mapping[str, Any]) -> None:
+    """Gives the quantizers of a model under a policy other numbers, in place; nothing for their own."""
+    if hasattr(model, NUMBERS):
+        delattr(model, NUMBERS)
+    if numbers:
+        setattr(model, NUMBERS, QuantizerNumbers(dict(numbers)))
+
+
 def replace_params(model: nnx.Module, new: Mapping[str, Any]) -> None:
     """Puts arrays or QTensors in the place of those that `Param`s hold, by path, in place."""
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
@@ -66,9 +78,9 @@ def replace_params(model: nnx.Module, new: Mapping[str, Any]) -> None:
 
 
 def carried_by(model: nnx.Module) -> dict[str, Any]:
-    """Returns what a model carries for the rewrite: static scales, adapters."""
-    scales, pairs, factor = (getattr(model, name, None) for name in (SCALES, LORA, LORA_FACTOR))
-    carried: dict[str, Any] = {}
+    """Returns what a model carries for the rewrite: static scales, adapters, numbers of quantizers."""
+    scales, pairs, factor, numbers = (getattr(model, name, None) for name in (SCALES, LORA, LORA_FACTOR, NUMBERS))
+    carried: dict[str, Any] = {} if numbers is None else {"numbers": numbers.get_raw_value()}
     if scales is not None:
         carried["given"] = given_scales(scales.get_raw_value())
     if pairs is not None and factor is not None:

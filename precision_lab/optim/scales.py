@@ -1,12 +1,15 @@
 """Loss scales: by which factor the loss is multiplied before backpropagation, and how that factor changes.
 
-These are configurations: plain numbers, fixed for a run. What changes during training (the current scale, the number
-of finite steps) lives in the optimizer state, see `loss_scaling`.
+These are configurations: numbers, fixed for a run. What changes during training (the current scale, the number of
+finite steps) lives in the optimizer state, see `loss_scaling`. A number may be a float32 or int32 scalar array, and
+traced, so that one program serves them all; a scale that holds arrays is not checked.
 """
 
 import dataclasses
 import math
 from typing import Any, TypeAlias
+
+from jax import Array
 
 _SMALLEST = 2.0**-126
 _LARGEST = 2.0**126
@@ -25,7 +28,7 @@ class StaticLossScale:
     Powers of two change no bit of a gradient that stays in range.
     """
 
-    scale: float
+    scale: float | Array
 
     def __post_init__(self) -> None:
         _require_scale("StaticLossScale.scale", self.scale)
@@ -51,15 +54,17 @@ class DynamicLossScale:
       kernel `update_scale_hysteresis`.
     """
 
-    init: float = 65536.0
-    growth: float = 2.0
-    backoff: float = 0.5
-    interval: int = 2000
-    min: float = 1.0
-    max: float = 2.0**24
-    hysteresis: int = 1
+    init: float | Array = 65536.0
+    growth: float | Array = 2.0
+    backoff: float | Array = 0.5
+    interval: int | Array = 2000
+    min: float | Array = 1.0
+    max: float | Array = 2.0**24
+    hysteresis: int | Array = 1
 
     def __post_init__(self) -> None:
+        if any(isinstance(getattr(self, field.name), Array) for field in dataclasses.fields(self)):
+            return
         for name in ("init", "min", "max"):
             _require_scale(f"DynamicLossScale.{name}", getattr(self, name))
         if not self.min <= self.init <= self.max:
@@ -123,6 +128,8 @@ def _from_jmp_dynamic(scale: Any) -> DynamicLossScale:
 
 def _require_scale(name: str, value: Any) -> None:
     """Raises unless `value` is a number whose reciprocal is as safe in float32 as itself."""
+    if isinstance(value, Array):
+        return
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {value!r}.")
     if not _SMALLEST <= value <= _LARGEST:

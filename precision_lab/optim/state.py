@@ -71,7 +71,7 @@ def advance(config: LossScale, state: LossScaleState, first_bad: jax.Array, none
     )
 
 
-def _initial(config: LossScale) -> float:
+def _initial(config: LossScale) -> float | jax.Array:
     if isinstance(config, DynamicLossScale):
         return config.init
     return config.scale if isinstance(config, StaticLossScale) else 1.0

@@ -7,6 +7,7 @@ does to a computation is the business of `precision_lab.rewrite`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from precision_lab.formats import Format
@@ -148,6 +149,11 @@ class Policy(Treatment):
             if rule.matches(*names):
                 treatment = _changed(treatment, rule)
         return treatment
+
+    def decided_by(self, setting: str, names: Sequence[str]) -> str:
+        """Returns the pattern of the rule that decides a setting at the site that goes by `names`, empty if none."""
+        found = [rule.pattern for rule in self.rules if rule.sets(setting) and rule.matches(*names)]
+        return found[-1] if found else ""
 
     def _treatment(self) -> Treatment:
         """Returns what happens where no rule matches."""

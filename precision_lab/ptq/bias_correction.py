@@ -242,9 +242,14 @@ def _nothing(like: Any) -> Any:
 
 
 def _sum(x: jax.Array, trailing: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the sum over all but the trailing axes, and how many were summed."""
-    leading = tuple(range(x.ndim - trailing))
-    return jnp.sum(x.astype(jnp.float32), axis=leading), jnp.float32(math.prod(x.shape[: x.ndim - trailing]))
+    """Returns the sum over all but the trailing axes, and how many were summed.
+
+    It is taken about a first mean: thousands of numbers far from zero, added one by one, lose what a shift is about.
+    """
+    leading, x = tuple(range(x.ndim - trailing)), x.astype(jnp.float32)
+    count = jnp.float32(math.prod(x.shape[: x.ndim - trailing]))
+    near = jnp.sum(x, axis=leading) / jnp.maximum(count, 1)
+    return near * count + jnp.sum(x - near, axis=leading), count
 
 
 def _in_order(rough: Parts, calls: Sequence[Any], layers: dict[str, _Layer], expected: Means) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from precision_lab.nn.calibration import arguments, as_call
-from precision_lab.nn.carried import refuse_adapters
+from precision_lab.nn.carried import refuse_carried
 from precision_lab.nn.pure import PureCall, apart, pure_call, signature
 from precision_lab.nn.storage import bytes_under
 from precision_lab.policy import Policy
@@ -65,9 +65,10 @@ def sensitivity(
     Raises:
       TypeError: params are missing or not for this target, or a batch is no pair though there is a loss.
       ValueError: no batches, no policies or the same one twice; policies that differ from the reference at no site, or
-        elsewhere than in products and lookups; a rule that matches no site.
+        elsewhere than in products and lookups; a rule that matches no site; a model that is converted, trained by
+        prepare_qat or has adapters, which would be passed over.
     """
-    refuse_adapters(target, params, "sensitivity")
+    refuse_carried(target, params, "sensitivity")
     names = (str(reference), *map(str, policies))
     if len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(f"sensitivity needs a reference and other policies, each once, got {', '.join(names)}.")

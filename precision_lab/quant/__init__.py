@@ -14,6 +14,7 @@ from precision_lab.quant.quantizer import Quantizer
 if TYPE_CHECKING:
     from precision_lab.quant.dorefa import dorefa_gradient
     from precision_lab.quant.fake import fake_quantize
+    from precision_lab.quant.fitting import binary_terms, fit_codebook
     from precision_lab.quant.numbers import QuantizerParams, quantizer_params, stack_quantizers
     from precision_lab.quant.observers import Observer, ObserverState, observer
     from precision_lab.quant.qtensor import QTensor, quantize
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "dorefa": ("dorefa_gradient",),
     "fake": ("fake_quantize",),
+    "fitting": ("binary_terms", "fit_codebook"),
     "numbers": ("QuantizerParams", "quantizer_params", "stack_quantizers"),
     "observers": ("Observer", "ObserverState", "observer"),
     "qtensor": ("QTensor", "quantize"),
@@ -48,8 +50,10 @@ __all__ = [
     "Quantizer",
     "QuantizerParams",
     "QuantizerState",
+    "binary_terms",
     "dorefa_gradient",
     "fake_quantize",
+    "fit_codebook",
     "granularity",
     "init_state",
     "known_scales",

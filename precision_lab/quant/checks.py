@@ -14,6 +14,8 @@ from precision_lab.quant.granularity import contracted
 from precision_lab.quant.quantizer import Quantizer
 from precision_lab.quant.tiles import Tiles
 
+ON_NONFINITE = ("nan", "raise")
+
 
 def checked(x: Any, qz: Quantizer, key: Any, given: Given) -> tuple[jax.Array, Given]:
     """Returns the array and what is given with it, if they fit the quantizer."""
@@ -29,6 +31,26 @@ def checked(x: Any, qz: Quantizer, key: Any, given: Given) -> tuple[jax.Array, G
             "a signed format."
         )
     return x, given
+
+
+def refuse_nonfinite(x: Any, on_nonfinite: str) -> None:
+    """Raises for NaNs and infinities if that is asked for."""
+    if on_nonfinite not in ON_NONFINITE:
+        raise ValueError(f"on_nonfinite={on_nonfinite!r} must be one of {', '.join(ON_NONFINITE)}.")
+    if on_nonfinite != "raise":
+        return
+    if isinstance(x, jax.core.Tracer):
+        raise ValueError(
+            "on_nonfinite='raise' looks at values, which a traced array has not; call it outside of jit and other "
+            "transformations, or leave it out: a group with a NaN or an infinity is NaN."
+        )
+    bad = ~np.isfinite(np.asarray(x, np.float32))
+    if bad.any():
+        first = tuple(int(place[0]) for place in np.nonzero(bad)) if bad.ndim else ()
+        count, shape = np.count_nonzero(bad), np.shape(x)
+        raise ValueError(
+            f"{count} of {bad.size} elements are NaN or infinite in an array {shape}, the first at {first}."
+        )
 
 
 def _refuses_negative(qz: Quantizer, given: Given) -> bool:

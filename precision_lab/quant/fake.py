@@ -30,6 +30,7 @@ def fake_quantize(
     zero_point: Any = None,
     offset: Any = None,
     params: QuantizerParams | None = None,
+    on_nonfinite: str = "nan",
 ) -> jax.Array:
     """Returns `x` with every element on the grid of the quantizer: bit for bit `quantize(x, qz, ...).dequantize()`.
 
@@ -45,6 +46,7 @@ def fake_quantize(
       zero_point: code of zero, for scheme "affine" with a scale.
       offset: what is subtracted before and added after, in the units of `x`, for estimator "lsq+".
       params: numbers to use instead of those of `qz`, as of `quantizer_params`; they may be traced.
+      on_nonfinite: "nan", or "raise" for an error that counts the NaNs and infinities in `x`.
 
     Returns:
       An array like `x`. A group of zeros stays zero, as does one so small that its scale would be subnormal; a group
@@ -53,11 +55,13 @@ def fake_quantize(
 
     Raises:
       TypeError: `x` is of another dtype.
-      ValueError: a quantizer that is not possible, an axis that is missing, arguments the quantizer has no use for, or
-        negative values for an unsigned format without zero point (unless `x` is traced, when they become zero).
+      ValueError: a quantizer that is not possible, an axis that is missing, arguments the quantizer has no use for,
+        negative values for an unsigned format without zero point (unless `x` is traced, when they become zero), or
+        under "raise" a NaN, an infinity, or a traced `x`.
     """
     qz = quantizer(qz)
     x, given = checks.checked(x, qz, key, Given(scale, zero_point, offset))
+    checks.refuse_nonfinite(x, on_nonfinite)
     if params is not None and (params.format is None or qz.format.kind not in ("int", "float")):
         raise ValueError(f"params= are for scaled scalar formats, not for {qz!r}; make them with quantizer_params().")
     if qz.format.kind == "block":

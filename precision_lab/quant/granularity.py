@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from typing import Any, Literal
 Kind = Literal["tensor", "channel", "token", "group", "block"]
 
 _SPEC = re.compile(r"(?:per_)?(tensor|channel|token|group|block)_?\(?(\d+)?(?:[x,](\d+))?\)?")
+_SPOKEN = re.compile(r"(?:per_?)?([a-z_]*)(.*)")
 _SIZES = {"tensor": 0, "channel": 0, "token": 0, "group": 1, "block": 2}
 
 
@@ -81,12 +83,24 @@ def granularity(spec: Any) -> Granularity:
     "per_" in front and parentheses, as in "per_group(32)", are taken too.
 
     Raises:
-      ValueError: it names none.
+      ValueError: it names none; the nearest is named.
     """
     if isinstance(spec, Granularity):
         return spec
-    match = _SPEC.fullmatch(str(spec).strip().lower().replace(" ", ""))
+    word = str(spec).strip().lower().replace(" ", "")
+    match = _SPEC.fullmatch(word)
     if match is None:
-        raise ValueError(f"unknown granularity {spec!r}; expected tensor, channel, token, groupN or blockRxC.")
+        known = "Expected tensor, channel, token, groupN or blockRxC"
+        raise ValueError(f"unknown granularity {spec!r}. {_nearest(word)}{known}.")
     sizes = tuple(int(size) for size in match.groups()[1:] if size)
     return Granularity(match[1], sizes)  # pyright: ignore[reportArgumentType]
+
+
+def _nearest(word: str) -> str:
+    """Returns the sentence that says what a word was probably meant to be, or nothing."""
+    kind, sizes = _SPOKEN.fullmatch(word).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    near = difflib.get_close_matches(kind, _SIZES, n=1) if kind else ["group"] * sizes.isdigit()
+    if not near:
+        return ""
+    meant = near[0] + (sizes if _SPEC.fullmatch(near[0] + sizes) and _SIZES[near[0]] else "")
+    return f"Nearest: {meant!r}. "

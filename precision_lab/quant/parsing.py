@@ -8,6 +8,7 @@ from typing import Any
 
 from precision_lab import formats
 from precision_lab.formats import ROUNDINGS, BlockFormat, Codebook, Format
+from precision_lab.quant.granularity import granularity
 from precision_lab.quant.options import CALIBRATIONS, DOUBLE, ESTIMATORS, SCHEMES, STRENGTHS
 from precision_lab.quant.quantizer import Quantizer
 
@@ -48,7 +49,7 @@ def quantizer(spec: Any) -> Quantizer:
     if rest:
         shared, *options = _split(rest[0])
         return Quantizer(head.strip(), shared, **_options(options, spec))
-    fmt, options = _longest_format(_split(head))
+    fmt, options = _longest_format(_split(head), spec)
     return Quantizer(fmt, **_options(options, spec))
 
 
@@ -57,14 +58,31 @@ def _split(text: str) -> list[str]:
     return [part.strip() for part in re.split(r",(?![^(]*\))", text)]
 
 
-def _longest_format(parts: list[str]) -> tuple[Any, list[str]]:
+def _longest_format(parts: list[str], spec: str) -> tuple[Any, list[str]]:
     """Returns the format that the first parts name, and the other parts; a format's own options hold commas too."""
     for count in range(len(parts), 1, -1):
         try:
             return formats.format(",".join(parts[:count])), parts[count:]
         except ValueError:
             continue
-    return formats.format(parts[0]), parts[1:]
+    try:
+        return formats.format(parts[0]), parts[1:]
+    except ValueError:
+        _check_shared(parts[0], spec)
+        raise
+
+
+def _check_shared(head: str, spec: str) -> None:
+    """Refuses what stands after an "@" and is neither a granularity nor the block size of a block format."""
+    name, at, shared = head.partition("@")
+    if not at:
+        return
+    if (fmt := formats.format(name.strip())).kind == "block":
+        raise ValueError(f"quantizer {spec!r}: after '{fmt.name}@' goes a block size, as in 'mxfp4@16'.")
+    try:
+        granularity(shared)
+    except ValueError as error:
+        raise ValueError(f"quantizer {spec!r}: {error}") from None
 
 
 def _options(parts: list[str], spec: str) -> dict[str, Any]:

@@ -122,6 +122,7 @@ def quantize(
     scale: Any = None,
     zero_point: Any = None,
     offset: Any = None,
+    on_nonfinite: str = "nan",
 ) -> QTensor:
     """Returns `x` as it is stored; arguments and errors as for `fake_quantize`, whose values `dequantize` gives.
 
@@ -129,6 +130,7 @@ def quantize(
     """
     qz = quantizer(qz)
     x, given = checks.checked(x, qz, key, Given(scale, zero_point, offset))
+    checks.refuse_nonfinite(x, on_nonfinite)
     if qz.format.kind == "block":
         axes = checks.block_axes(x.shape, qz, axis)
         return _of_blocks(encode_blocks(x, qz.format, axis=axes, rounding=qz.rounding, key=key), qz)

@@ -145,7 +145,8 @@ def quantize_with_state(
         fixed = jax.lax.stop_gradient(state.learned)
         learned = {name: jnp.where(steps < freeze, array, fixed[name]) for name, array in state.learned.items()}
         known = known._replace(learned=learned)
-    value = fake_quantize(x, qz, axis=axis, key=key, params=params, **known_scales(qz, known, params=params))
+    scales: dict[str, Any] = known_scales(qz, known, params=params)
+    value = fake_quantize(x, qz, axis=axis, key=key, params=params, **scales)
     value = jnp.where(steps < delay, x, value) if delay else value
     if not train:
         return value, state

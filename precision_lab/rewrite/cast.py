@@ -23,7 +23,7 @@ from precision_lab.policy import Accumulator, Treatment
 from precision_lab.quant.core import Given
 from precision_lab.rewrite import _compat
 from precision_lab.rewrite.bilinear import Layout, Layouts, Matmul, Term, as_matmul, convolution
-from precision_lab.rewrite.held import quantized_by, takes_codes
+from precision_lab.rewrite.held import Numbers, quantized_by, takes_codes
 from precision_lab.rewrite.outliers import Outliers, decomposed
 from precision_lab.rewrite.packed import block_rows, product_in_blocks
 from precision_lab.rewrite.parameters import dense, is_stored
@@ -293,11 +293,14 @@ def _values(x: Any, quantizer: Any, axes: tuple[int, ...], layout: Layout, given
     return x if quantizer is None else quantized_by(x, quantizer, axes, given)
 
 
-def _codes(x: Any, quantizer: Any, axes: tuple[int, ...], layout: Layout, given: Given) -> Codes:
+def _codes(x: Any, quantizer: Any, axes: tuple[int, ...], layout: Layout, given: Given | Numbers) -> Codes:
     """Returns the codes of an operand and their scales, in the shape in which they are multiplied."""
     if is_stored(x):
         return Codes(*map(layout, x.codes()))
-    return codes_of(lax.stop_gradient(layout(dense(x))), quantizer, axes, given)
+    x = lax.stop_gradient(layout(dense(x)))
+    if isinstance(given, Numbers):
+        return codes_of(x, quantizer, axes, given.given, given.params)
+    return codes_of(x, quantizer, axes, given)
 
 
 @functools.lru_cache(maxsize=4096)

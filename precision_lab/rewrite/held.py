@@ -8,7 +8,7 @@ iterations share one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -81,11 +81,24 @@ class StateMark(NamedTuple):
     is_tangent: bool = False
 
 
+class AsCodes(NamedTuple):
+    """Numbers of a quantizer whose codes fit the array type of the codes of the policy's own, and may be multiplied."""
+
+    params: QuantizerParams
+
+
 class Numbers(NamedTuple):
-    """The numbers of a quantizer, which may be traced, in place of its own; see `fake_quantize`."""
+    """The numbers of a quantizer, which may be traced, in place of its own; see `fake_quantize`.
+
+    Attributes:
+      params: the numbers.
+      given: what the quantizer is not to find itself.
+      as_codes: whether codes may be multiplied, see `AsCodes`; else values are.
+    """
 
     params: QuantizerParams
     given: Given
+    as_codes: bool = False
 
     @property
     def scale(self) -> Any:
@@ -94,10 +107,15 @@ class Numbers(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What is given to quantizers: by site and operand, and numbers by setting ("weight", "activation", ...)."""
+    """What is given to quantizers: by site and operand, and numbers by setting; see `numbers_key`."""
 
     sites: Mapping[str, Mapping[str, Any]]
-    numbers: Mapping[str, QuantizerParams]
+    numbers: Mapping[str, QuantizerParams | AsCodes]
+
+
+def numbers_key(setting: str, pattern: str) -> str:
+    """Returns the key of the numbers of a quantizer that a rule gives, or of the policy's own for an empty pattern."""
+    return f"{pattern}:{setting}" if pattern else setting
 
 
 def quantized_by(x: jax.Array, quantizer: Quantizer, axes: tuple[int, ...], given: Given | Held | Numbers) -> jax.Array:
@@ -111,25 +129,42 @@ def quantized_by(x: jax.Array, quantizer: Quantizer, axes: tuple[int, ...], give
 
 def takes_codes(given: Any) -> bool:
     """Returns whether a quantizer under what is given can have its codes multiplied: those of its own numbers."""
-    return not isinstance(given, (Held, Numbers))
+    return given.as_codes if isinstance(given, Numbers) else not isinstance(given, Held)
 
 
-def at_site(known: Known, site: Site, role: str, treatment: Treatment, scans: tuple[bool, ...]) -> Any:
+def at_site(
+    known: Known,
+    site: Site,
+    role: str,
+    treatment: Treatment,
+    scans: tuple[bool, ...],
+    pattern_of: Callable[[str], str] = lambda setting: "",
+) -> Any:
     """Returns what is given for one operand; a held state knows where it is.
+
+    Args:
+      known: everything that is given.
+      site, role: the operand.
+      treatment: what the policy says at the site.
+      scans: see `Held`.
+      pattern_of: from a setting to the pattern of the rule that decides it at the site, empty if none does.
 
     Raises:
       ValueError: numbers for a quantizer that is not simulated before its product, or has a state.
     """
     found = known.sites.get(site.name, {}).get(role, NOTHING_GIVEN)
     setting = dict(zip(OPERANDS, site.quantized_by, strict=False)).get(role, "")
-    if setting in known.numbers and getattr(treatment, setting) is not None:
+    key = numbers_key(setting, pattern_of(setting))
+    if key in known.numbers and getattr(treatment, setting) is not None:
         again = treatment.gradient is not None or treatment.backward in ("original", "requantized")
         if isinstance(found, Held) or treatment.execution == "native" or (again and site.is_product):
             raise ValueError(
                 f"'{site.name}': numbers= are for quantizers that are simulated before their product, without a state: "
                 "leave out execution=native, gradient=, backward= and 'lsq' or 'ema'."
             )
-        return Numbers(known.numbers[setting], found)
+        numbers = known.numbers[key]
+        as_codes = isinstance(numbers, AsCodes)
+        return Numbers(numbers.params if isinstance(numbers, AsCodes) else numbers, found, as_codes)
     return dataclasses.replace(found, site=site.name, role=role, scans=scans) if isinstance(found, Held) else found
 
 

@@ -13,9 +13,8 @@ from precision_lab.quant import QTensor
 from precision_lab.quant.core import Given
 from precision_lab.quant.options import DOUBLE
 from precision_lab.rewrite import _compat
-from precision_lab.rewrite.held import quantized_by, require_state
+from precision_lab.rewrite.held import Numbers, quantized_by, require_state
 from precision_lab.rewrite.parameters import Parameter, is_stored
-from precision_lab.rewrite.quantized import fake_quantized
 from precision_lab.rewrite.steps import Lookup
 
 LOOKUP = "gather"
@@ -47,9 +46,9 @@ def looked_up(eqn: Any, table: Any, indices: jax.Array, step: Lookup) -> jax.Arr
     qz = step.quantizer
     alone = qz.scale_format != DOUBLE and qz.rounding != "stochastic"  # else a row's values depend on the others
     by_row = qz.granularity.kind in _OF_A_ROW and len(axes) == 1 and alone
-    if by_row and isinstance(step.given, Given) and step.given.scale is None:
+    if by_row and isinstance(step.given, (Given, Numbers)) and step.given.scale is None:
         rows = _bind(eqn, table, indices)
-        return fake_quantized(rows, step.quantizer, (rows.ndim - 1,)).astype(dtype)
+        return quantized_by(rows, step.quantizer, (rows.ndim - 1,), step.given).astype(dtype)
     return _bind(eqn, quantized_by(table, step.quantizer, axes, step.given), indices).astype(dtype)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import difflib
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -159,7 +160,7 @@ class Planner:
         self.sites.append(dataclasses.replace(site, treatment=None if reason else treatment, reason=reason))
         if reason or treatment.embedding is None:
             return None
-        return Lookup(treatment.embedding, site.name, at_site(self._given, site, "lhs", treatment, self._scans))
+        return Lookup(treatment.embedding, site.name, self._known(site, "lhs", treatment))
 
     def _operation(self, eqn: Any, site: Site | None, scope: str) -> Operate | None:
         """Decides on an operation that is not a product, and records it as a site if it computes with floats."""
@@ -238,9 +239,14 @@ class Planner:
         parameters = (_is_path(sources[0]), _is_path(sources[1]))
         result = self._result(eqn, treatment)
         casting, before = casting_of(treatment, parameters, result)
-        given = tuple(at_site(self._given, site, role, treatment, self._scans) for role in OPERANDS)
+        given = self._known(site, OPERANDS[0], treatment), self._known(site, OPERANDS[1], treatment)
         amaxes = self._amaxes.get(site.name)
-        return Cast(treatment, casting, before, self._of_tangents, site.name, amaxes, (given[0], given[1]), adapter)
+        return Cast(treatment, casting, before, self._of_tangents, site.name, amaxes, given, adapter)
+
+    def _known(self, site: Site, role: str, treatment: Treatment) -> Any:
+        """Returns what is given for one operand of a site."""
+        rule = functools.partial(self.policy.decided_by, names=_names(site))
+        return at_site(self._given, site, role, treatment, self._scans, rule)
 
     def _adapter(self, eqn: Any, sources: Origins) -> tuple[int, Adapter] | None:
         """Returns which operand of a product has an adapter, and that."""

@@ -47,19 +47,26 @@ def fake_quantized(
     return fake_quantize(x, quantizer, axis=axes, key=key_for(x, quantizer), params=params, **given._asdict())
 
 
-def codes_of(x: jax.Array, quantizer: Quantizer, axes: tuple[int, ...], given: Given = NOTHING_GIVEN) -> Codes:
-    """Returns the codes and scales whose products are those of `fake_quantized`."""
+def codes_of(
+    x: jax.Array,
+    quantizer: Quantizer,
+    axes: tuple[int, ...],
+    given: Given = NOTHING_GIVEN,
+    params: QuantizerParams | None = None,
+) -> Codes:
+    """Returns the codes and scales whose products are those of `fake_quantized`; arguments as there."""
     x = x.astype(jnp.float32)
     key = key_for(x, quantizer)
     axes = tuple(axis % x.ndim for axis in axes)
     tiles = Tiles.of(x.shape, quantizer.granularity, axes)
-    parts = quantize_parts(x, tiles, given, quantizer, static_params(quantizer), key)
-    return Codes(parts.values.astype(_dtype(quantizer)), parts.scale)
+    n = static_params(quantizer) if params is None else jax.tree.map(jnp.asarray, params)
+    parts = quantize_parts(x, tiles, given, quantizer, n, key)
+    return Codes(parts.values.astype(code_dtype(quantizer)), parts.scale)
 
 
 def codes_in(stored: QTensor) -> Codes:
     """Returns the codes and scales of an array that is stored quantized."""
-    dtype, scale = _dtype(stored.quantizer), stored.scale
+    dtype, scale = code_dtype(stored.quantizer), stored.scale
     assert scale is not None  # `have_codes` asks for one
     if dtype == np.int8:
         return Codes(stored.integers.astype(jnp.int8), scale)
@@ -80,16 +87,16 @@ def why_no_codes(left: Quantizer | None, right: Quantizer | None) -> str:
             return f"{quantizer} has a zero point, which a product of codes does not"
         if quantizer.estimator in _WITH_OFFSET:
             return f"{quantizer} has an offset, which a product of codes does not"
-        if _dtype(quantizer) is None:
+        if code_dtype(quantizer) is None:
             return f"{quantizer} has no array type of up to 8 bits whose products are its values' products"
         if quantizer.granularity.kind not in _SHARED:
             return f"{quantizer} has several scales along the contracted axis"
-    if left is not None and right is not None and (_dtype(left) == np.int8) != (_dtype(right) == np.int8):
+    if left is not None and right is not None and (code_dtype(left) == np.int8) != (code_dtype(right) == np.int8):
         return f"{left} and {right} are an integer and a float"
     return ""
 
 
-def _dtype(quantizer: Quantizer) -> Any:
+def code_dtype(quantizer: Quantizer) -> Any:
     """Returns the array type that codes are multiplied in, None if there is none."""
     fmt = quantizer.format
     if not quantizer.is_scaled or fmt.kind not in ("int", "float"):

@@ -17,12 +17,26 @@ if TYPE_CHECKING:
     from precision_lab.runner.loading import load
     from precision_lab.runner.results import Results, Trial, read
     from precision_lab.runner.rundir import RunDir
+    from precision_lab.runner.stopping import Preempted
 
-__all__ = ["ExperimentConfig", "Paper", "Results", "RunDir", "Trial", "Verdict", "check", "load", "read", "run"]
+__all__ = [
+    "ExperimentConfig",
+    "Paper",
+    "Preempted",
+    "Results",
+    "RunDir",
+    "Trial",
+    "Verdict",
+    "check",
+    "load",
+    "read",
+    "run",
+]
 
 _HOMES = {
     "ExperimentConfig": "config",
     "Paper": "config",
+    "Preempted": "stopping",
     "Results": "results",
     "RunDir": "rundir",
     "Trial": "results",

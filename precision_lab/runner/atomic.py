@@ -27,9 +27,21 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
+def overwrite(path: Path, text: str) -> None:
+    """Writes over a file in one call, padded with spaces to its old length: needs no room, and is all but atomic."""
+    content = text.encode().ljust(path.stat().st_size)
+    with path.open("r+b", buffering=0) as file:
+        file.write(content)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replaces a file by indented JSON; NaN and infinities must have been encoded."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Returns indented JSON; NaN and infinities must have been encoded."""
+    return json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path) -> Any:

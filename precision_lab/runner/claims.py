@@ -10,6 +10,7 @@ where one of the two arms diverged and the other did not.
     {kind: equal, a: x, b: y, metric: eval/loss, tol: 0}          |d| <= tol on every seed
     {kind: ratio, a: x, b: y, reference: z, factor: 0.35}         mean of (a - z) < factor * mean of (b - z)
     {kind: above, a: x, metric: train/skipped_steps, value: 10}   metric > value on every seed; `below` likewise
+    {kind: fails, a: x, metric: eval/loss, value: 10}             diverged, not finite, or above the value on every seed
     {kind: monotone, arms: [x, y, z], metric: eval/loss}          means over seeds never fall (`direction: decreasing`)
 
 `trend` and `log_fit` are in `fits`. `reduce` says which number of a run is meant: `last` (the default), `mean`, `max`
@@ -17,12 +18,28 @@ or `min` over its steps. Where an arm's name stands, `{arm: x, metric: eval/loss
 a reduction or a step of its own.
 """
 
+import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from precision_lab.runner.claim import ClaimBase, Finding, Keys, Numbers, Term, keys_of, mean
+from precision_lab.runner.claim import (
+    INCONCLUSIVE,
+    NOT_REPRODUCED,
+    REPRODUCED,
+    ClaimBase,
+    Diverged,
+    Finding,
+    Keys,
+    Numbers,
+    Term,
+    Value,
+    Verdict,
+    keys_of,
+    mean,
+)
 from precision_lab.runner.fits import LogFit, Trend
 
 
@@ -164,6 +181,26 @@ class Below(_Threshold):
         return Finding(largest < self.value, f"largest {largest:.4g}, to be below {self.value:g}")
 
 
+class Fails(_Threshold):
+    """`a` diverged, or is not finite, or lies above a value, on every seed."""
+
+    kind: Literal["fails"] = "fails"
+
+    def in_words(self) -> str:
+        return f"{self.full(self.a)} is above {self.value:g} or not finite, or the run diverged"
+
+    def judge(self, value: Value, seeds: Sequence[int]) -> Verdict:
+        term = self.full(self.a)
+        found = [value(term, seed) for seed in seeds]
+        for seed, one in zip(seeds, found, strict=True):
+            if isinstance(one, str) and not isinstance(one, Diverged):
+                return self._verdict(INCONCLUSIVE, f"{term.arm}, seed {seed}: {one}", {}, seeds)
+        failed = [isinstance(one, str) or not math.isfinite(one) or one > self.value for one in found]
+        told = ", ".join(one if isinstance(one, str) else f"{one:.4g}" for one in found)
+        verdict = REPRODUCED if failed and all(failed) else NOT_REPRODUCED if failed else INCONCLUSIVE
+        return self._verdict(verdict, f"{told or 'no seed was run'}; to be above {self.value:g}", {}, seeds)
+
+
 class Monotone(ClaimBase):
     """The means over seeds of a list of terms never turn against a direction, by more than a tolerance."""
 
@@ -197,5 +234,5 @@ class Monotone(ClaimBase):
 
 
 Claim = Annotated[
-    Greater | Close | Equal | Ratio | Above | Below | Monotone | Trend | LogFit, Field(discriminator="kind")
+    Greater | Close | Equal | Ratio | Above | Below | Fails | Monotone | Trend | LogFit, Field(discriminator="kind")
 ]

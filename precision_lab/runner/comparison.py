@@ -10,7 +10,7 @@ from precision_lab.runner.results import Trial
 from precision_lab.runner.rundir import RunDir
 from precision_lab.runner.stats import mean_interval
 from precision_lab.runner.summary import change_text, flat
-from precision_lab.training.config import RunConfig
+from precision_lab.training import AnyRun
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Side:
     """
 
     name: str
-    config: RunConfig
+    config: AnyRun
     states: tuple[str, ...] = ()
     envs: tuple[Mapping[str, Any], ...] = ()
     finals: Mapping[str, Mapping[int, float]] = field(default_factory=dict)

@@ -136,10 +136,10 @@ class ExperimentConfig(BaseModel):
                 raise LocatedError(_say(written, keys, f"no arm {arm!r}{suggestion(arm, self.arms, what='arms')}"))
 
     def _refuse_unknown_metrics(self, written: Tree) -> None:
-        """Raises if a claim speaks of a metric that its runs do not log, or a column of one that none does."""
-        some = set().union(*(self.known_metrics([arm]) for arm in self.arms))
+        """Raises if a column names a metric that no arm logs, or a claim one that its arms do not log."""
+        logged = set().union(*(self.known_metrics([arm]) for arm in self.arms))
         for i, metric in enumerate(self.metrics):
-            _refuse_metric(metric, some, _place(written, ("metrics", i)))
+            _refuse_metric(metric, logged, _place(written, ("metrics", i)))
         for i, claim in enumerate(self.claims):
             for keys, term in claim.terms():
                 known = self.known_metrics([term.arm])

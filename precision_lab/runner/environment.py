@@ -44,8 +44,12 @@ def _software() -> dict[str, Any]:
 
 def _hardware() -> dict[str, Any]:
     """Returns the processor and how many cores this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"machine": platform.machine(), "system": platform.system(), "cpu": _cpu_name(), "cores": cores}
+    return {"machine": platform.machine(), "system": platform.system(), "cpu": _cpu_name(), "cores": cores()}
+
+
+def cores() -> int:
+    """Returns how many processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_name() -> str:
@@ -86,8 +90,8 @@ def code_state() -> dict[str, Any]:
     return {"commit": commit.strip() if commit else None, "uncommitted": digest}
 
 
-def registered_code(config: AnyRun) -> dict[str, str]:
-    """Returns, by module, a hash of the source that registered a run's parts, if it is not the package's."""
+def registered_modules(config: AnyRun) -> list[str]:
+    """Returns the modules that registered a run's parts, other than the package's own."""
     from precision_lab.data import DATASETS
     from precision_lab.models import MODELS
     from precision_lab.training.probes import PROBES
@@ -95,7 +99,12 @@ def registered_code(config: AnyRun) -> dict[str, str]:
     registries = {"model": MODELS, "data": DATASETS, "probe": PROBES}
     parts = [(registry, getattr(config, key)) for key, registry in registries.items() if hasattr(config, key)]
     names = [getattr(one, "__module__", "") for registry, part in parts for one in (type(part), registry.builder(part))]
-    files = {name: getattr(sys.modules.get(name), "__file__", None) for name in names if not _ours(name)}
+    return [name for name in dict.fromkeys(names) if not _ours(name)]
+
+
+def registered_code(config: AnyRun) -> dict[str, str]:
+    """Returns, by module, a hash of the source that registered a run's parts, if it is not the package's."""
+    files = {name: getattr(sys.modules.get(name), "__file__", None) for name in registered_modules(config)}
     return {
         f"source of {name}": hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
         for name, file in files.items()

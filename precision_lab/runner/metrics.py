@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
@@ -118,7 +118,8 @@ class JsonlSink:
     """Appends rows to `metrics.jsonl`; what `training.train` calls a MetricSink.
 
     Opening repairs a torn last line. `restart(step)` drops what a killed attempt logged past its last checkpoint,
-    so that after any number of kills there is one row for each step and split.
+    so that after any number of kills there is one row for each step and split. Nothing is buffered here: a row that a
+    full disk does not take is torn in the file, and not written again when the file is closed.
     """
 
     def __init__(self, path: Path, attempt: int) -> None:
@@ -126,26 +127,28 @@ class JsonlSink:
         self.path = path
         self.attempt = attempt
         _repair(path)
-        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
 
     def restart(self, step: int) -> None:
         """Drops every row past `step`."""
         keep = [row for row in read_rows(self.path) if int(row["step"]) <= step]
         self._file.close()
         write_text(self.path, "".join(encode_row(row) + "\n" for row in keep))
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)
 
     def write(self, row: Mapping[str, object]) -> None:
         """Appends one row, and hands it to the operating system at once."""
-        self._file.write(encode_row({**row, "attempt": self.attempt}) + "\n")
-        self._file.flush()
+        left = (encode_row({**row, "attempt": self.attempt}) + "\n").encode()
+        while left:
+            left = left[self._file.write(left) :]
 
     def close(self) -> None:
-        """Flushes to the disk and closes."""
+        """Has everything on the disk, and closes."""
         if not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
+            try:
+                os.fsync(self._file.fileno())
+            finally:
+                self._file.close()
 
     def __enter__(self) -> "JsonlSink":
         return self

@@ -7,20 +7,21 @@ from filelock import FileLock
 
 from precision_lab.runner.identity import run_id
 from precision_lab.runner.rundir import BusyError, RunDir
-from precision_lab.training.config import RunConfig
+from precision_lab.runner.starts import start_of
+from precision_lab.training import AnyRun
 
 
 class StartError(Exception):
     """The run that another begins from has no final parameters."""
 
 
-def parent_of(run: RunDir, config: RunConfig) -> RunDir | None:
+def parent_of(run: RunDir, config: AnyRun) -> RunDir | None:
     """Returns the directory, beside that of a run, of the run that it begins from."""
-    start = getattr(config, "start", None)  # a probe has none
+    start = start_of(config)
     return None if start is None or start.run is None else RunDir(run.path.parent / run_id(start.run))
 
 
-def await_parent(run: RunDir, config: RunConfig, *, wait: bool) -> None:
+def await_parent(run: RunDir, config: AnyRun, *, wait: bool) -> None:
     """Makes sure that no other process is executing the run that a run begins from.
 
     Raises:
@@ -35,7 +36,7 @@ def await_parent(run: RunDir, config: RunConfig, *, wait: bool) -> None:
         return
 
 
-def start_from(run: RunDir, config: RunConfig) -> dict[str, Any]:
+def start_from(run: RunDir, config: AnyRun) -> dict[str, Any]:
     """Returns the argument with which `training.train` finds the final parameters that a run begins from.
 
     Raises:
@@ -46,8 +47,8 @@ def start_from(run: RunDir, config: RunConfig) -> dict[str, Any]:
         return {}
     status = parent.status()
     if status["state"] != "done":
-        assert config.start is not None
-        name = f"arm {config.start.arm!r}" if config.start.arm else "a run"
+        start = start_of(config)
+        name = f"arm {start.arm!r}" if start is not None and start.arm else "a run"
         raise StartError(f"it starts from {name}, which {_trouble(status)} ({parent.id}).")
     return {"start_from": parent.checkpoints}
 

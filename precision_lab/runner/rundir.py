@@ -8,6 +8,7 @@ atomically, so a kill at any moment leaves a directory that the same command con
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from precision_lab.runner.atomic import TEMPORARY, read_json, write_json, write_text
+from precision_lab.runner.atomic import TEMPORARY, json_text, overwrite, read_json, write_json, write_text
+from precision_lab.runner.disk import is_disk_full
 from precision_lab.runner.identity import plain, run_id
 from precision_lab.runner.metrics import JsonlSink, Series, decode_number, encode_number, read_rows, series
 from precision_lab.runner.resolve import validate_run
@@ -26,6 +28,14 @@ from precision_lab.training import AnyRun
 TRIALS = "trials"
 FINISHED = frozenset({"done", "diverged"})
 """States that the same configuration would reach again; a failed or interrupted run is taken up once more."""
+
+HEARTBEAT_S = 30.0
+"""Seconds between two notes in `status.json` that the run is still going on."""
+
+GONE_AFTER_S = 5 * HEARTBEAT_S
+"""Without a note for so long, a run of another machine, whose locks cannot be seen from here, counts as stopped."""
+
+_POLL_S = 5.0
 
 
 class BusyError(Exception):
@@ -65,11 +75,26 @@ class RunDir:
 
     def status(self) -> dict[str, Any]:
         """Returns `status.json`, with state `queued` where there is none and `stopped` where its process is gone."""
-        path = self.path / "status.json"
-        status = read_json(path) if path.exists() else {"state": "queued", "attempt": 0}
-        if status["state"] == "running" and not self.is_locked():
+        status = self._read_status()
+        if status["state"] == "running" and not self.is_busy():
             status["state"] = "stopped"
         return status
+
+    def _read_status(self) -> dict[str, Any]:
+        """Returns `status.json` as it is."""
+        path = self.path / "status.json"
+        return read_json(path) if path.exists() else {"state": "queued", "attempt": 0}
+
+    def is_busy(self) -> bool:
+        """Returns whether some process, here or on another machine, is executing the run now."""
+        return self.is_locked() or self._runs_elsewhere()
+
+    def _runs_elsewhere(self) -> bool:
+        """Returns whether another machine noted not long ago that it executes the run."""
+        status = self._read_status()
+        if status["state"] != "running" or status.get("host") in (None, socket.gethostname()):
+            return False
+        return time.time() - status.get("heartbeat_unix_s", status["unix_s"]) < GONE_AFTER_S
 
     def env(self) -> dict[str, Any]:
         """Returns the fingerprint of the machine that made the last attempt, empty before the first."""
@@ -104,7 +129,7 @@ class RunDir:
         return self.path / "logs" / f"attempt-{attempt}.log"
 
     def is_locked(self) -> bool:
-        """Returns whether some process is executing the run now."""
+        """Returns whether some process of this machine holds the run now."""
         lock = self.path / "lock"
         if not lock.exists():
             return False
@@ -132,6 +157,17 @@ class RunDir:
                 f"folder renamed. Move it away or choose another --out."
             )
 
+    def prepare(self, config: AnyRun) -> None:
+        """Makes the directory of a run, if there is none, so that its configuration can be read from it.
+
+        Raises:
+          ValueError: the directory belongs to another configuration.
+        """
+        self.refuse_other(config)
+        if not self.exists():
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.path / "config.yaml", config_text(config))
+
     @contextmanager
     def claim(self, config: AnyRun, *, wait: bool) -> Iterator[None]:
         """Holds the run for this process, and prepares the directory on first use.
@@ -142,18 +178,47 @@ class RunDir:
         """
         self.refuse_other(config)
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / "lock", timeout=-1 if wait else 0)
+        lock = self._lock(wait)
         try:
-            lock.acquire()
-        except Timeout:
-            raise BusyError(self.id) from None
-        try:
-            self.refuse_other(config)  # Whoever held the lock until now may have written.
-            if not self.exists():
-                write_text(self.path / "config.yaml", config_text(config))
+            self.prepare(config)  # Whoever held the lock until now may have written.
             yield
         finally:
             lock.release()
+
+    def _lock(self, wait: bool) -> FileLock:
+        """Returns the lock, held, once no other machine executes the run either."""
+        lock = FileLock(self.path / "lock", timeout=-1 if wait else 0)
+        while True:
+            try:
+                lock.acquire()
+            except Timeout:
+                raise BusyError(self.id) from None
+            if not self._runs_elsewhere():
+                return lock
+            lock.release()
+            if not wait:
+                raise BusyError(self.id)
+            time.sleep(_POLL_S)
+
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        """Notes from time to time, while the context lasts, that the run goes on."""
+        over = threading.Event()
+        thread = threading.Thread(target=self._beat, args=(over,), name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def _beat(self, over: threading.Event) -> None:
+        """Renews the heartbeat until it is over."""
+        while not over.wait(HEARTBEAT_S):
+            try:
+                self._write_status(**{**self._read_status(), "heartbeat_unix_s": round(time.time(), 3)})
+            except OSError:  # A full disk, or a file server that is away: the run itself will say so.
+                continue
 
     def start(self, env: Mapping[str, Any]) -> int:
         """Notes that an attempt begins, and returns its number, from 1."""
@@ -167,11 +232,13 @@ class RunDir:
         """Opens the record for appending."""
         return JsonlSink(self.path / "metrics.jsonl", attempt)
 
-    def finish(self, state: str, *, step: int, metrics: Mapping[str, float], duration_s: float, attempt: int) -> None:
+    def finish(
+        self, state: str, *, step: int, metrics: Mapping[str, float], duration_s: float, attempt: int, **more: Any
+    ) -> None:
         """Notes the result: the summary first, the state last, so that a finished run always has both."""
         encoded = {key: encode_number(value) for key, value in metrics.items()}
         summary = {"run_id": self.id, "state": state, "step": step, "attempt": attempt, "duration_s": duration_s}
-        write_json(self.path / "summary.json", {**summary, "metrics": encoded})
+        write_json(self.path / "summary.json", {**summary, **more, "metrics": encoded})
         self._write_status(state=state, attempt=attempt, step=step, error=None)
 
     def stop(self, state: str, *, attempt: int, error: str | None) -> None:
@@ -179,8 +246,14 @@ class RunDir:
         self._write_status(state=state, attempt=attempt, error=error)
 
     def _write_status(self, **status: Any) -> None:
-        """Replaces `status.json`."""
-        write_json(self.path / "status.json", {**status, "unix_s": round(time.time(), 3)})
+        """Replaces `status.json`; on a full disk, where a file that is there may still be written over, does that."""
+        path, value = self.path / "status.json", {"unix_s": round(time.time(), 3), **status}
+        try:
+            write_json(path, value)
+        except OSError as error:
+            if not (is_disk_full(error) and path.exists()):
+                raise
+            overwrite(path, json_text(value))
 
 
 def config_text(config: AnyRun) -> str:

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterable, Mapping
 
 from precision_lab.runner.tree import suggestion
-from precision_lab.training.config import RunConfig
+from precision_lab.training import AnyRun, RunConfig
+from precision_lab.training.start import StartConfig
 
 
 def with_parents(
-    runs: Mapping[str, RunConfig], seeds: Iterable[int], refuse: Callable[[str, str, str], Exception]
-) -> dict[str, dict[int, RunConfig]]:
+    runs: Mapping[str, AnyRun], seeds: Iterable[int], refuse: Callable[[str, str, str], Exception]
+) -> dict[str, dict[int, AnyRun]]:
     """Returns the run of every arm and seed; in one that starts from another arm, that arm's run of the same seed.
 
     Args:
@@ -16,14 +17,14 @@ def with_parents(
       seeds: seeds of the experiment.
       refuse: (arm, key under `start`, message) -> the exception to raise.
     """
-    nested: dict[str, dict[int, RunConfig]] = {}
+    nested: dict[str, dict[int, AnyRun]] = {}
 
-    def add(arm: str, above: tuple[str, ...]) -> dict[int, RunConfig]:
+    def add(arm: str, above: tuple[str, ...]) -> dict[int, AnyRun]:
         if arm in above:
             raise refuse(above[-1], "arm", f"arms start from one another: {' -> '.join((*above, arm))}.")
         if arm not in nested:
-            begins = getattr(runs[arm], "start", None) is not None  # a probe never does
-            parents = add(_parent(runs, arm, refuse), (*above, arm)) if begins else {}
+            parent = _parent(runs, arm, refuse)
+            parents = {} if parent is None else add(parent, (*above, arm))
             nested[arm] = {seed: _with_seed(runs[arm], seed, parents.get(seed)) for seed in seeds}
         return nested[arm]
 
@@ -32,10 +33,17 @@ def with_parents(
     return {arm: nested[arm] for arm in runs}
 
 
-def _parent(runs: Mapping[str, RunConfig], arm: str, refuse: Callable[[str, str, str], Exception]) -> str:
-    """Returns the arm that an arm starts from, which fits it."""
-    start = runs[arm].start
-    assert start is not None
+def start_of(run: AnyRun) -> StartConfig | None:
+    """Returns where a run begins, if it has no beginning of its own; a probe never has."""
+    return run.start if isinstance(run, RunConfig) else None
+
+
+def _parent(runs: Mapping[str, AnyRun], arm: str, refuse: Callable[[str, str, str], Exception]) -> str | None:
+    """Returns the arm that an arm starts from, which fits it, if there is one."""
+    run = runs[arm]
+    if not isinstance(run, RunConfig) or run.start is None:
+        return None
+    start = run.start
     if not start.arm:
         raise refuse(arm, "run", "an arm starts from an arm of this experiment: give start.arm, which names it.")
     if start.arm not in runs:
@@ -49,33 +57,34 @@ def _parent(runs: Mapping[str, RunConfig], arm: str, refuse: Callable[[str, str,
     if (parent.lora is not None) != start.merge:
         way = "adapters beside its weights: merge: true adds them" if parent.lora else "no adapters to merge"
         raise refuse(arm, "arm" if parent.lora else "merge", f"arm {start.arm!r} ends with {way}.")
-    if parent.model != runs[arm].model:
+    if parent.model != run.model:
         raise refuse(arm, "arm", f"arm {start.arm!r} trains another model: what it ends with does not fit this one.")
-    if parent.data.spec() != runs[arm].data.spec():
+    if parent.data.spec() != run.data.spec():
         raise refuse(arm, "arm", f"arm {start.arm!r} learns data of another shape, so its model is another one.")
     return start.arm
 
 
-def _with_seed(run: RunConfig, seed: int, parent: RunConfig | None) -> RunConfig:
+def _with_seed(run: AnyRun, seed: int, parent: AnyRun | None) -> AnyRun:
     """Returns a run with its seed and the run that it begins from."""
-    begun = {} if parent is None or run.start is None else {"start": run.start.model_copy(update={"run": parent})}
+    start = start_of(run)
+    begun = {} if parent is None or start is None else {"start": start.model_copy(update={"run": parent})}
     return run.model_copy(update={"seed": seed, **begun})
 
 
-def ancestry(config: RunConfig) -> list[RunConfig]:
+def ancestry(config: AnyRun) -> list[AnyRun]:
     """Returns a run and those that it begins from, the first of all first."""
-    start = getattr(config, "start", None)  # a probe has none
+    start = start_of(config)
     above = None if start is None else start.run
     return [*(ancestry(above) if above is not None else ()), config]
 
 
-def arms_above(runs: Mapping[str, Mapping[int, RunConfig]], arms: Iterable[str]) -> set[str]:
+def arms_above(runs: Mapping[str, Mapping[int, AnyRun]], arms: Iterable[str]) -> set[str]:
     """Returns some arms and all those that they begin from."""
     found: set[str] = set()
     waiting = list(arms)
     while waiting:
         arm = waiting.pop()
-        start = getattr(next(iter(runs[arm].values())), "start", None)
+        start = start_of(next(iter(runs[arm].values())))
         if arm not in found and start is not None:
             waiting.append(start.arm)
         found.add(arm)

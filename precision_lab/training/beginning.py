@@ -15,7 +15,7 @@ from precision_lab.optim import full_precision
 from precision_lab.policy import Policy
 from precision_lab.training.checkpointing import Checkpoints
 from precision_lab.training.config import RunConfig
-from precision_lab.training.optimizer import hyper
+from precision_lab.training.numbers import hyper
 from precision_lab.training.program import Program, batch_shapes, model_under, program_for, take_apart
 from precision_lab.training.state import TrainState
 from precision_lab.training.transforming import check_transforms, transformed

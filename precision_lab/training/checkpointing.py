@@ -1,10 +1,15 @@
 """Checkpoints through Orbax, and all use of Orbax.
 
 A checkpoint is the train state and a small record (the config, the last metrics, the first bad step if it was noticed),
-committed together by one rename: a save that was interrupted is never seen again. The two latest are kept.
+committed together by one rename: a save that was interrupted is never seen again. The two latest are kept, and the
+last whose parameters are finite.
 """
 
+import errno
+import gc
 import logging
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,6 +23,7 @@ from precision_lab.training.config import RunConfig
 from precision_lab.training.state import NEVER, TrainState
 
 _KEPT = 2
+_NO_ROOM = ("RESOURCE_EXHAUSTED", os.strerror(errno.ENOSPC), "Failed to write")
 
 
 class Restored(NamedTuple):
@@ -43,13 +49,12 @@ class Checkpoints:
         self._folder = None if folder is None else Path(folder).absolute()
         self._config = config.model_dump(mode="json", exclude=_not_semantic(config))
         self._manager: ocp.CheckpointManager | None = None
+        self._finite: dict[int, bool] = {}
         self._open = ExitStack()
 
     def __enter__(self) -> "Checkpoints":
         if self._folder is not None:
-            options = ocp.CheckpointManagerOptions(
-                max_to_keep=_KEPT, enable_async_checkpointing=False, cleanup_tmp_directories=True
-            )
+            options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, cleanup_tmp_directories=True)
             self._open.enter_context(_quiet())
             self._manager = self._open.enter_context(ocp.CheckpointManager(self._folder, options=options))
         return self
@@ -57,33 +62,81 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
-    def restore(self, shapes: TrainState) -> Restored | None:
-        """Returns the latest checkpoint, or None if there is none.
+    def restore(self, shapes: TrainState, step: int | None = None) -> Restored | None:
+        """Returns a checkpoint, or None if there is none at all.
 
         Args:
           shapes: the state as ShapeDtypeStructs.
+          step: which one; the latest if None.
 
         Raises:
-          ValueError: the checkpoint was made by a run with another config.
+          ValueError: the checkpoint was made by a run with another config, or there is none of that step.
         """
-        step = None if self._manager is None else self._manager.latest_step()
-        if self._manager is None or step is None:
+        steps = [] if self._manager is None else sorted(self._manager.all_steps())
+        if self._manager is None or not steps:
             return None
-        record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+        step = steps[-1] if step is None else step
+        if step not in steps:
+            raise ValueError(f"no checkpoint of step {step} in '{self._folder}', only of {steps}.")
+        record = self._record(step)
         self._require_same_config(record["config"])
         placed = ocp.args.StandardRestore(_on_one_device(shapes))
         state = self._manager.restore(step, args=ocp.args.Composite(state=placed))["state"]
         metrics = {name: float(value) for name, value in record["metrics"].items()}
         return Restored(state, metrics, int(record["bad_step"]))
 
-    def save(self, step: int, state: TrainState, metrics: Mapping[str, float], bad_step: int = NEVER) -> None:
-        """Saves, and returns when the checkpoint is committed; does nothing if there is one of this step."""
-        if self._manager is None or self._manager.latest_step() == step:
+    def save(
+        self, step: int, state: TrainState, metrics: Mapping[str, float], bad_step: int = NEVER, *, finite: bool = True
+    ) -> None:
+        """Saves, and returns when the checkpoint is committed; does nothing if there is one of this step.
+
+        A save that fails leaves the earlier checkpoints as they were, and nothing of its own.
+
+        Raises:
+          OSError: ENOSPC, there is no room.
+        """
+        if self._manager is None or self._folder is None or self._manager.latest_step() == step:
             return
         known = {"metrics": {name: repr(value) for name, value in metrics.items()}, "bad_step": bad_step}
-        record = {"config": self._config, **known}
+        record = {"config": self._config, "finite": finite, **known}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
-        self._manager.save(step, args=args, force=True)
+        full = False
+        try:
+            self._manager.save(step, args=args, force=True)
+        except Exception as error:
+            for torn in self._folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(torn, ignore_errors=True)
+            if not any(words in f"{error}" for words in _NO_ROOM):
+                raise
+            full = True
+        if full:
+            gc.collect()  # Tasks of Orbax's that failed too complain when they are collected: now, while it is quiet.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder))
+        self._finite[step] = finite
+        self._drop_old(self._manager)
+
+    @property
+    def last_finite(self) -> int | None:
+        """The step of the latest checkpoint whose parameters are finite; None if there is none."""
+        steps = [] if self._manager is None else self._manager.all_steps()
+        return max(filter(self._is_finite, steps), default=None)
+
+    def _drop_old(self, manager: ocp.CheckpointManager) -> None:
+        """Deletes all but the latest checkpoints and the last finite one."""
+        steps = sorted(manager.all_steps())
+        for step in sorted({*steps[:-_KEPT]} - {self.last_finite}):
+            manager.delete(step)
+
+    def _is_finite(self, step: int) -> bool:
+        """Returns whether the parameters saved at a step are finite."""
+        if step not in self._finite:
+            self._finite[step] = self._record(step).get("finite", True)
+        return self._finite[step]
+
+    def _record(self, step: int) -> dict[str, Any]:
+        """Returns what is saved beside the state."""
+        assert self._manager is not None
+        return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
 
     def _require_same_config(self, saved: Mapping[str, Any]) -> None:
         """Raises ValueError if the saved config is not ours."""
@@ -98,11 +151,16 @@ class Checkpoints:
 
 
 def _not_semantic(config: BaseModel) -> dict[str, Any]:
-    """Returns, nested as in `config`, the fields marked `{"semantic": False}`: they may differ from call to call."""
+    """Returns, nested as in `config`, the fields that do not tell runs apart.
+
+    These are the ones marked `{"semantic": False}`, which may differ from call to call, and the ones marked
+    `{"legacy": value}` that have this value, which checkpoints from before there was such a field do not name.
+    """
     found: dict[str, Any] = {}
     for name, field in type(config).model_fields.items():
         value, marks = getattr(config, name), field.json_schema_extra
-        if isinstance(marks, dict) and not marks.get("semantic", True):
+        marks = marks if isinstance(marks, dict) else {}
+        if not marks.get("semantic", True) or ("legacy" in marks and _normal(value) == marks["legacy"]):
             found[name] = True
         elif isinstance(value, BaseModel) and (inner := _not_semantic(value)):
             found[name] = inner
@@ -124,11 +182,13 @@ def _on_one_device(shapes: TrainState) -> TrainState:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps Orbax's routine messages, which go to absl's logger from several threads, out of the run's output."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Keeps Orbax's messages, which come from several threads, out of the output; its errors are raised anyway."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

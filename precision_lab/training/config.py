@@ -218,8 +218,9 @@ class TrainConfig(FrozenConfig):
       loss_shift: k multiplies the loss by 2**-k and the learning rate by 2**k. In float32 nothing changes, bit for
         bit; in a narrow format the gradients move k binades towards underflow. At most 32 either way: gradients
         below 2**(k - 126) become subnormal in float32 itself, where they lose digits or are flushed to zero.
-      on_nonfinite: "stop" ends the run as diverged once a step with a non-finite loss was applied; "continue"
-        records it and goes on.
+      on_nonfinite: "stop" ends the run as diverged once a step with a non-finite loss was applied; "skip" applies
+        no step with a non-finite loss or gradient, with a loss scale or without one, and counts it; "continue" records
+        it and goes on.
     """
 
     steps: NotNegativeInt
@@ -231,7 +232,7 @@ class TrainConfig(FrozenConfig):
     checkpoint_every: Annotated[PositiveInt | None, Field(json_schema_extra={"semantic": False})] = None
     eval_examples: PositiveInt | None = 10_000
     loss_shift: Annotated[Int, Field(ge=-32, le=32)] = 0
-    on_nonfinite: Literal["stop", "continue"] = "stop"
+    on_nonfinite: Literal["stop", "skip", "continue"] = "stop"
 
     @model_validator(mode="after")
     def _within_the_run(self) -> "TrainConfig":

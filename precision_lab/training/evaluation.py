@@ -14,7 +14,8 @@ from precision_lab.models import DataSpec
 from precision_lab.nn.weight_error import relative_mse, weight_error
 from precision_lab.policy import Policy
 from precision_lab.training.config import RunConfig
-from precision_lab.training.program import Program, batch_shapes, evaluate_batch, model_under, static_part
+from precision_lab.training.numbers import static_part
+from precision_lab.training.program import Program, batch_shapes, evaluate_batch, model_under
 from precision_lab.training.start import quantizes_parameters
 from precision_lab.training.state import TrainState
 

@@ -20,9 +20,9 @@ from precision_lab.training.beginning import beginning, check_beginning
 from precision_lab.training.checkpointing import Checkpoints
 from precision_lab.training.config import RunConfig
 from precision_lab.training.evaluation import check_evaluations, evaluate, under_other_policies, weight_errors
-from precision_lab.training.optimizer import hyper
+from precision_lab.training.numbers import hyper
 from precision_lab.training.program import Program, check_program, program_for
-from precision_lab.training.state import NEVER, TrainState
+from precision_lab.training.state import NEVER, TrainState, all_finite
 
 _EVAL_BATCH = 512
 
@@ -42,14 +42,17 @@ class RunResult:
     """How a run ended.
 
     Attributes:
-      status: "diverged" if an applied step or an evaluation had a non-finite loss and the config says to stop there.
+      status: "diverged" if an applied step or an evaluation had a non-finite loss and the config says to stop there;
+        "stopped" if it was asked to stop, and has saved.
       step: the last step, or the one that diverged.
       metrics: latest value of each metric by "split/name".
+      last_finite: step of the latest checkpoint with finite parameters, None if there is none; no part of the result.
     """
 
-    status: Literal["done", "diverged"]
+    status: Literal["done", "diverged", "stopped"]
     step: int
     metrics: dict[str, float]
+    last_finite: int | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
 def check(config: RunConfig) -> None:
@@ -75,6 +78,7 @@ def train(
     sink: MetricSink,
     on_step: Callable[[int, float], None] | None = None,
     start_from: Path | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> RunResult:
     """Trains what `config` describes, from the latest checkpoint if there is one, and returns how it ended.
 
@@ -90,6 +94,8 @@ def train(
       on_step: called after every step with its number and the latest known training loss, which is fetched from the
         device only when a row is due (NaN before that).
       start_from: folder of the checkpoints of `config.start.run`, for a run that begins from its final parameters.
+      should_stop: asked after every step but the last; once it says so the run saves and returns "stopped", and
+        goes on from there when called again.
 
     Raises:
       ValueError: the model cannot learn the data, a rule of the policy matches no site, or the checkpoints belong to
@@ -104,7 +110,14 @@ def train(
         begun = beginning(config, program, dataset.spec, start_from) if restored is None else None
         state, metrics, bad_step = restored or (begun.state, {}, NEVER)  # pyright: ignore[reportOptionalMemberAccess]
         run = _Run(config, program, dataset, sink, checkpoints, metrics, bad_step)
-        return run.go(state, batches, on_step or (lambda step, loss: None), audit=begun and begun.audit)
+        result = run.go(
+            state,
+            batches,
+            on_step or (lambda step, loss: None),
+            should_stop or (lambda: False),
+            audit=begun and begun.audit,
+        )
+        return dataclasses.replace(result, last_finite=checkpoints.last_finite)
 
 
 class _Run:
@@ -137,6 +150,7 @@ class _Run:
         state: TrainState,
         batches: Any,
         on_step: Callable[[int, float], None],
+        should_stop: Callable[[], bool],
         *,
         audit: Mapping[str, float] | None,
     ) -> RunResult:
@@ -159,9 +173,17 @@ class _Run:
                 self._evaluate(done, state)
                 last = last or self._stops()
             if last or self._due(done, self._config.train.checkpoint_every):
-                self._checkpoints.save(done, state, self._metrics, self._bad_step)
+                self._save(done, state)
             on_step(done, self._metrics.get("train/loss", math.nan))
+            if not last and should_stop():
+                self._save(done, state)
+                return RunResult("stopped", done, dict(self._metrics))
         return self._result(done)
+
+    def _save(self, done: int, state: TrainState) -> None:
+        """Saves the state, and whether a person could start from it again."""
+        finite = not self._stops() and all_finite((state.params, state.model_state)).item()
+        self._checkpoints.save(done, state, self._metrics, self._bad_step, finite=finite)
 
     def _due(self, done: int, every: int | None) -> bool:
         """Returns whether something that happens every so many steps, and after the last, happens now."""
@@ -169,7 +191,7 @@ class _Run:
 
     def _stops(self) -> bool:
         """Returns whether the run has diverged and is to stop for it."""
-        if self._config.train.on_nonfinite == "continue":
+        if self._config.train.on_nonfinite != "stop":
             return False
         evaluated = (self._metrics.get(f"{split}/loss", 0.0) for split in ("eval", "eval_train"))
         return self._bad_step != NEVER or not all(map(math.isfinite, evaluated))

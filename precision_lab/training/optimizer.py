@@ -1,7 +1,7 @@
 """The optimizer of a run, as an optax transformation."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,34 +25,15 @@ from precision_lab.training.config import (
     AdamWConfig,
     CosineSchedule,
     DynamicLossScaleConfig,
-    LossScaleConfig,
     OptimConfig,
     RunConfig,
     SGDConfig,
     StaticLossScaleConfig,
     WarmupCosineSchedule,
 )
+from precision_lab.training.numbers import Hyper
 
 _ROUNDING = 0x524E44  # the stream of random numbers that rounds parameters
-
-
-class Hyper(NamedTuple):
-    """Numbers of a run that its compiled step takes as arguments, so that runs that differ in them share it.
-
-    Attributes:
-      lr: float32, peak learning rate, `loss_shift` included.
-      loss_factor: float32, 2**-loss_shift.
-    """
-
-    lr: jax.Array
-    loss_factor: jax.Array
-
-
-def hyper(config: RunConfig) -> Hyper:
-    """Returns the numbers that `config` passes to its step."""
-    shift = config.train.loss_shift
-    # A product with a power of two is exact, so float32 sees the same learning rate with another exponent.
-    return Hyper(jnp.float32(config.optim.lr) * jnp.float32(2.0**shift), jnp.float32(2.0**-shift))
 
 
 def build_optimizer(config: RunConfig, numbers: Hyper, seed: Any = 0) -> optax.GradientTransformationExtraArgs:
@@ -77,7 +58,7 @@ def build_optimizer(config: RunConfig, numbers: Hyper, seed: Any = 0) -> optax.G
         inner = master_weights(inner, param_dtype=params.dtype)
     elif params.bits < 32:
         inner = _in_place(config.update, inner, seed)
-    return loss_scaling(inner, _loss_scale(config.loss_scale))
+    return loss_scaling(inner, _loss_scale(config, numbers.loss_scale))
 
 
 def _in_place(update: str, inner: Any, seed: Any) -> optax.GradientTransformationExtraArgs:
@@ -90,18 +71,23 @@ def _in_place(update: str, inner: Any, seed: Any) -> optax.GradientTransformatio
 
 def _inner(optim: OptimConfig, lr: Callable, numbers: Hyper) -> optax.GradientTransformation:
     """Returns the optimizer proper."""
+
+    def number(name: str) -> Any:
+        return numbers.optim.get(name, getattr(optim, name))
+
     match optim:
         case SGDConfig():
-            sgd = optax.sgd(lr, momentum=optim.momentum or None, nesterov=optim.nesterov)
+            sgd = optax.sgd(lr, momentum=number("momentum") if optim.momentum else None, nesterov=optim.nesterov)
             if optim.weight_decay == 0:
                 return sgd
             # The decay joins gradients that carry the factor, so it must carry it too.
-            decay = jnp.float32(optim.weight_decay) * numbers.loss_factor
+            decay = number("weight_decay") * numbers.loss_factor
             return optax.chain(optax.add_decayed_weights(decay), sgd)
         case AdamWConfig():
-            return optax.adamw(lr, optim.b1, optim.b2, optim.eps, weight_decay=optim.weight_decay)
+            betas = number("b1"), number("b2")
+            return optax.adamw(lr, *betas, number("eps"), weight_decay=number("weight_decay"))
         case AdamConfig():
-            return optax.adam(lr, optim.b1, optim.b2, optim.eps)
+            return optax.adam(lr, number("b1"), number("b2"), number("eps"))
     raise TypeError(f"no optimizer for {optim!r}.")
 
 
@@ -122,11 +108,11 @@ def _schedule(config: RunConfig) -> Callable:
     return lambda count: 1.0
 
 
-def _loss_scale(config: LossScaleConfig) -> LossScale:
-    """Returns the loss scale that `config` describes."""
-    match config:
+def _loss_scale(config: RunConfig, numbers: Mapping[str, Any]) -> LossScale:
+    """Returns the loss scale of a run; a scale of 1 where there is none but steps are to be skipped."""
+    match config.loss_scale:
         case DynamicLossScaleConfig():
-            return DynamicLossScale(config.init, config.growth, config.backoff, config.interval, config.min, config.max)
+            return DynamicLossScale(**numbers)
         case StaticLossScaleConfig():
-            return StaticLossScale(config.scale)
-    return NoLossScale()
+            return StaticLossScale(**numbers)
+    return StaticLossScale(1.0) if config.train.on_nonfinite == "skip" else NoLossScale()

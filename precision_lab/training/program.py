@@ -1,10 +1,11 @@
 """The compiled part of training: initialisation, one step, evaluation of one batch.
 
-A program is built once for all runs whose configs differ only in what is passed as an argument: the seed, the
-learning rate, the loss shift, and how often to look. All use of NNX in training is here.
+A program is built once for all runs whose configs differ only in what is passed as an argument: the seed, and the
+numbers of the optimizer, the loss scale and the policy's quantizers. All use of NNX in training is here.
 """
 
 import functools
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from flax import nnx
 from precision_lab import models
 from precision_lab.models import DataSpec, ModelConfig
 from precision_lab.nn import add_lora, apply_policy
+from precision_lab.nn.nnx_policy import set_numbers
 from precision_lab.optim import (
     current_loss_scale,
     scale_loss,
@@ -25,9 +27,9 @@ from precision_lab.optim import (
     zero_second_moment_fraction,
 )
 from precision_lab.policy import Policy
-from precision_lab.training.config import ConstantSchedule, RunConfig, SGDConfig, TrainConfig
-from precision_lab.training.optimizer import Hyper, build_optimizer, hyper
-from precision_lab.training.start import Policies
+from precision_lab.training.config import RunConfig
+from precision_lab.training.numbers import Hyper, hyper, static_part
+from precision_lab.training.optimizer import build_optimizer
 from precision_lab.training.state import NEVER, TrainState
 
 _PROGRAMS_KEPT = 64
@@ -45,34 +47,30 @@ class Program(NamedTuple):
       evaluate: (state, batch, weights) -> sums over the batch of weighted "loss", "correct", and of "weight".
       state_shapes: the state as ShapeDtypeStructs.
       batch_shapes: a training batch as ShapeDtypeStructs.
+      spec: what the data are.
     """
 
     fresh: Callable[[Any], tuple[Any, Any]]
-    start: Callable[[Any, Any, Hyper, Any], TrainState]
+    start: Callable[[Any, Any, Hyper, jax.Array], TrainState]
     init: Callable[[int, Hyper], TrainState]
     step: Any
     evaluate: Any
     state_shapes: TrainState
     batch_shapes: Mapping[str, jax.ShapeDtypeStruct]
+    spec: DataSpec
 
 
 def program_for(config: RunConfig, spec: DataSpec) -> Program:
     """Returns the program that trains `config` on data of `spec`, compiled or not; equal ones are built once.
 
+    Configs with the same `static_part` share the compiled functions; `evaluate` has the quantizers of `config`.
+
     Raises:
       ValueError: the model cannot learn such data.
     """
-    return _build(static_part(config), spec)  # pyright: ignore[reportArgumentType] (frozen: hashable)
-
-
-def static_part(config: RunConfig) -> RunConfig:
-    """Returns `config` with everything at a fixed value that the compiled functions do not depend on."""
-    optim = config.optim.model_copy(update={"lr": 1.0})
-    if config.train.steps == 0:  # Nothing is trained, whatever the optimizer, and a schedule of no steps cannot be.
-        optim = SGDConfig(lr=1.0)
-    steps = 1 if isinstance(optim.schedule, ConstantSchedule) else config.train.steps
-    beginning = {"start": None, "evals": Policies(), "transforms": ()}
-    return config.model_copy(update={"seed": 0, "optim": optim, "train": TrainConfig(steps=steps), **beginning})
+    program = _build(static_part(config), spec)  # pyright: ignore[reportArgumentType] (frozen: hashable)
+    quantizers = hyper(config).quantizers
+    return program._replace(evaluate=functools.partial(program.evaluate, quantizers=quantizers))
 
 
 def check_program(program: Program, config: RunConfig) -> None:
@@ -83,9 +81,16 @@ def check_program(program: Program, config: RunConfig) -> None:
     """
     if config.train.steps == 0:
         weights = jax.ShapeDtypeStruct((config.data.batch,), jnp.int32)
-        program.evaluate.eval_shape(program.state_shapes, program.batch_shapes, weights)
+        jax.eval_shape(program.evaluate, program.state_shapes, program.batch_shapes, weights)
         return
-    after, _ = program.step.eval_shape(program.state_shapes, program.batch_shapes, hyper(config))
+    try:
+        after, _ = program.step.eval_shape(program.state_shapes, program.batch_shapes, hyper(config))
+    except ValueError:
+        # The program knows no numbers; that of this config alone says the same in the words of its policy.
+        whole = model_under(config, program.spec, Policy.parse(config.policy))
+        alone = functools.partial(_step, static_part(config), whole)
+        jax.eval_shape(alone, program.state_shapes, program.batch_shapes, hyper(config)._replace(quantizers={}))
+        raise
     before = jax.tree.map(lambda x: (x.shape, x.dtype), program.state_shapes)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == before, "a step must keep shapes and dtypes"
 
@@ -118,6 +123,7 @@ def _build(config: RunConfig, spec: DataSpec) -> Program:
         evaluate=jax.jit(functools.partial(evaluate_batch, model)),
         state_shapes=jax.eval_shape(init, 0, numbers),
         batch_shapes=batch_shapes(spec, config.data.batch),
+        spec=spec,
     )
 
 
@@ -188,10 +194,14 @@ def _step(
 
     def scaled_loss(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
         called = nnx.merge(model.train, params, state.model_state)
+        set_numbers(called, numbers.quantizers)
         loss = jnp.mean(cross_entropy(called(batch["inputs"]), batch["targets"]))  # type: ignore[operator]
+        set_numbers(called, {})
         return scale_loss(loss * numbers.loss_factor, state.opt_state), (loss, _split(called, _trained(config))[1])
 
     grads, (loss, model_state) = jax.grad(scaled_loss, has_aux=True)(state.params)
+    if config.train.on_nonfinite == "skip":  # Gradients may be finite where the loss is not.
+        grads = jax.tree.map(lambda g: jnp.where(jnp.isfinite(loss), g, jnp.nan), grads)
     optimizer = build_optimizer(config, numbers)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -229,13 +239,18 @@ def _metrics(
 
 
 def evaluate_batch(
-    model: Model, state: TrainState, batch: Mapping[str, jax.Array], weights: jax.Array
+    model: Model,
+    state: TrainState,
+    batch: Mapping[str, jax.Array],
+    weights: jax.Array,
+    quantizers: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> dict[str, jax.Array]:
     """Returns sums over a batch whose examples count as `weights` (batch,) says: 1, or 0 for padding.
 
     Of "loss", "correct" (the largest logit is the target's), "nonfinite" (the loss is not finite), and "weight".
     """
     called = nnx.merge(model.eval, state.params, state.model_state)
+    set_numbers(called, quantizers)
     logits = called(batch["inputs"])  # type: ignore[operator]
     losses = cross_entropy(logits, batch["targets"])
     hits = jnp.argmax(logits, axis=-1) == batch["targets"]

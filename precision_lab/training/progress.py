@@ -6,32 +6,35 @@ from precision_lab.training.views import BarsView, CellView, Clock, LinesView, V
 
 
 class RunProgress:
-    """Shows one run after another, out of `total_runs`; use as a context manager."""
+    """Shows runs, one after another or several at once, out of `total_runs`; use as a context manager.
+
+    Runs that go on at once are told apart by `run`, any text; one after another they need none.
+    """
 
     def __init__(self, total_runs: int = 1, *, view: View | None = None) -> None:
         """Chooses how to show it by where it runs, unless `view` is given."""
         self._total_runs = total_runs
         self._finished = 0
         self._view = view or _choose_view()
-        self._clock: Clock | None = None
+        self._clocks: dict[str, Clock] = {}
 
-    def start_run(self, label: str, total_steps: int) -> None:
+    def start_run(self, label: str, total_steps: int, run: str = "") -> None:
         """Begins a run; its label is shown."""
-        self._clock = Clock(label, total_steps)
-        self._view.start(self._clock, self._finished, self._total_runs)
+        self._clocks[run] = clock = Clock(label, total_steps)
+        self._view.start(clock, self._finished + len(self._clocks) - 1, self._total_runs)
 
-    def step(self, step: int, loss: float) -> None:
-        """Notes that a step of the current run is done; what `train` calls `on_step`."""
-        if self._clock is not None:
-            self._clock.step(step, loss)
-            self._view.update(self._clock)
+    def step(self, step: int, loss: float, run: str = "") -> None:
+        """Notes that a step of a run is done; what `train` calls `on_step`."""
+        if run in self._clocks:
+            self._clocks[run].step(step, loss)
+            self._view.update(self._clocks[run])
 
-    def end_run(self, status: str) -> None:
-        """Ends the current run with its status, such as "done" or "diverged"."""
-        if self._clock is not None:
+    def end_run(self, status: str, run: str = "") -> None:
+        """Ends a run with its status, such as "done" or "diverged"."""
+        clock = self._clocks.pop(run, None)
+        if clock is not None:
             self._finished += 1
-            self._view.end(self._clock, status, self._finished, self._total_runs)
-            self._clock = None
+            self._view.end(clock, status, self._finished, self._total_runs)
 
     def __enter__(self) -> "RunProgress":
         self._view.open(self._total_runs)

@@ -23,6 +23,7 @@ def train(
     sink: MetricSink,
     on_step: Callable[[int, float], None] | None = None,
     start_from: Path | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> RunResult:
     """Executes the run that `config` describes, and returns how it ended; see `loop.train`.
 
@@ -30,7 +31,14 @@ def train(
     killed; numbers that are not finite are results like others.
     """
     if isinstance(config, RunConfig):
-        return loop.train(config, checkpoint_dir=checkpoint_dir, sink=sink, on_step=on_step, start_from=start_from)
+        return loop.train(
+            config,
+            checkpoint_dir=checkpoint_dir,
+            sink=sink,
+            on_step=on_step,
+            start_from=start_from,
+            should_stop=should_stop,
+        )
     sink.restart(-1)
     measured = PROBES.builder(config.probe)(config.probe, config.seed)
     sink.write({"step": 1, "split": "probe", **measured})

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 NEVER = -1
 """Value of `TrainState.first_nonfinite` as long as every applied step had a finite loss."""
@@ -27,3 +28,10 @@ class TrainState:
     model_state: Any
     opt_state: Any
     first_nonfinite: jax.Array
+
+
+@jax.jit
+def all_finite(tree: Any) -> jax.Array:
+    """Returns, as a boolean scalar, whether every floating element of a tree of arrays is finite."""
+    floating = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in floating], bool))

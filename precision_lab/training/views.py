@@ -78,8 +78,7 @@ class LinesView:
         """Writes to `write`, by default lines to standard error."""
         self._write = write or (lambda line: print(line, file=sys.stderr, flush=True))
         self._now = now
-        self._next_step = 0.0
-        self._next_time = 0.0
+        self._next: dict[Clock, tuple[float, float]] = {}
 
     def open(self, total_runs: int) -> None:
         """Nothing to open."""
@@ -91,8 +90,8 @@ class LinesView:
 
     def update(self, clock: Clock) -> None:
         """Writes a line if one is due; the last step is left to `end`."""
-        due = clock.done >= self._next_step or self._now() >= self._next_time
-        if due and clock.done < clock.total:
+        next_step, next_time = self._next[clock]
+        if (clock.done >= next_step or self._now() >= next_time) and clock.done < clock.total:
             self._write(f"  {clock}")
             self._set_next(clock)
 
@@ -107,12 +106,11 @@ class LinesView:
 
     def _set_next(self, clock: Clock) -> None:
         share = _LINE_EVERY_SHARE * clock.total
-        self._next_step = (clock.done // max(share, 1e-9) + 1) * share
-        self._next_time = self._now() + _LINE_EVERY_S
+        self._next[clock] = ((clock.done // max(share, 1e-9) + 1) * share, self._now() + _LINE_EVERY_S)
 
 
 class BarsView:
-    """Two bars on a terminal: the runs, and the steps of the current one."""
+    """Bars on a terminal: the runs, and the steps of each that goes on."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         """Makes the bars; they are shown from `open` on."""
@@ -127,9 +125,9 @@ class BarsView:
             transient=True,
         )
         self._now = now
-        self._next_time = 0.0
+        self._next_time: dict[Clock, float] = {}
         self._runs = None
-        self._steps = None
+        self._steps: dict[Clock, Any] = {}
 
     def open(self, total_runs: int) -> None:
         """Shows the bar of the runs."""
@@ -139,20 +137,19 @@ class BarsView:
 
     def start(self, clock: Clock, finished: int, total_runs: int) -> None:
         """Shows the bar of the steps, pulsing until the first one is done."""
-        self._steps = self._bars.add_task(_escaped(clock.label), total=None, note="compiling")
+        self._steps[clock] = self._bars.add_task(_escaped(clock.label), total=None, note="compiling")
 
     def update(self, clock: Clock) -> None:
         """Moves the bar, ten times a second at most: a step may take less time than drawing it."""
-        if self._steps is not None and self._now() >= self._next_time:
-            self._next_time = self._now() + _BAR_EVERY_S
+        if clock in self._steps and self._now() >= self._next_time.get(clock, 0.0):
+            self._next_time[clock] = self._now() + _BAR_EVERY_S
             note = str(clock).removeprefix(f"{clock.label}: ")
-            self._bars.update(self._steps, total=clock.total, completed=clock.done, note=_escaped(note))
+            self._bars.update(self._steps[clock], total=clock.total, completed=clock.done, note=_escaped(note))
 
     def end(self, clock: Clock, status: str, finished: int, total_runs: int) -> None:
         """Takes the bar of the steps away and moves that of the runs."""
-        if self._steps is not None:
-            self._bars.remove_task(self._steps)
-            self._steps = None
+        if clock in self._steps:
+            self._bars.remove_task(self._steps.pop(clock))
         if self._runs is not None:
             self._bars.update(self._runs, completed=finished, note=f"{finished}/{total_runs}")
         self._bars.console.print(f"{_escaped(clock.label)}: {status}, {_duration(clock.elapsed_s())}")
@@ -173,6 +170,7 @@ class CellView:
         self._now = now
         self._handle = None
         self._ended: list[str] = []
+        self._going: dict[Clock, str] = {}
         self._next_time = 0.0
 
     def open(self, total_runs: int) -> None:
@@ -181,25 +179,26 @@ class CellView:
 
     def start(self, clock: Clock, finished: int, total_runs: int) -> None:
         """Shows the run."""
-        self._show(f"[{finished + 1}/{total_runs}] {clock}")
+        self._show(clock, f"[{finished + 1}/{total_runs}] {clock}")
 
     def update(self, clock: Clock) -> None:
         """Shows the run again, twice a second at most."""
         if self._now() >= self._next_time:
             self._next_time = self._now() + _CELL_EVERY_S
-            self._show(str(clock))
+            self._show(clock, str(clock))
 
     def end(self, clock: Clock, status: str, finished: int, total_runs: int) -> None:
         """Keeps one line of the run."""
         self._ended.append(f"[{finished}/{total_runs}] {clock.label}: {status}, {_duration(clock.elapsed_s())}")
-        self._show("")
+        self._show(clock, "")
 
     def close(self) -> None:
         """Leaves what is shown."""
 
-    def _show(self, line: str) -> None:
+    def _show(self, clock: Clock, line: str) -> None:
+        self._going[clock] = line
         if self._handle is not None:
-            self._handle.update(_Text("\n".join([*self._ended, line]).strip("\n")))
+            self._handle.update(_Text("\n".join(filter(None, [*self._ended, *self._going.values()]))))
 
 
 class _Text:

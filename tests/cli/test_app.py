@@ -93,7 +93,10 @@ BAD_INPUT = [
     (("run", "toy.yaml", "--seeds", "a..b"), "expected numbers such as 0,1,2 or a range such as 0..4, got 'a..b'"),
     (("run", "toy.yaml", "--seeds", "1,4..0"), "the range '4..0' runs backwards; write 0..4"),
     (("run", "toy.yaml", "--import", "no_such_module"), "no module 'no_such_module'"),
-    (("check", "toy.yaml", "--set", "train.steps=0"), "train.steps: input should be greater than or equal to 1, got 0"),
+    (
+        ("check", "toy.yaml", "--set", "train.steps=-1"),
+        "train.steps: input should be greater than or equal to 0, got -1",
+    ),
     (("run", "toy.yaml", "--axis", "optim.lrr=1"), "--axis: optim.lrr[0]: unknown key; did you mean 'lr'?"),
     (("run", "toy.yaml", "--seed=-1"), "seeds[0]: input should be greater than or equal to 0, got -1."),
     (("run", "toy.yaml", "--seeds", "1,1"), "seeds[1]: seed 1 is listed twice"),

@@ -133,6 +133,10 @@ def test_nonfinite_activations_are_left_out_and_named():
         calibrated = pl.calibrate(product, "w8a8", [jnp.asarray([[1.0, jnp.inf]])], PARAMS)
 
     assert float(calibrated.ranges["w", "lhs"][1]) == 1
+    with pytest.raises(ValueError, match="calibrate saw NaNs and infinities at 1 operands: 'w' lhs had 1 of them"):
+        pl.calibrate(product, "w8a8", [jnp.asarray([[1.0, jnp.inf]])], PARAMS, on_nonfinite="raise")
+    with pytest.raises(ValueError, match="on_nonfinite='nan' must be 'warn' or 'raise'"):
+        pl.calibrate(product, "w8a8", [jnp.ones((1, 2))], PARAMS, on_nonfinite="nan")
 
 
 def test_what_cannot_be_calibrated_is_refused():
@@ -146,6 +150,41 @@ def test_what_cannot_be_calibrated_is_refused():
         pl.calibrate(product, "weight=int8@channel,activation=int8@group32", [x], PARAMS)
     with pytest.raises(TypeError, match="has its policy, params and example"):
         pl.convert(pl.calibrate(product, "w8a8", [x], PARAMS), "w8a8")
+
+
+STATIC = "weight=int8@channel,activation=int8@tensor"
+
+
+def score(target, policy, batches, params=None):
+    return pl.sensitivity(target, [policy], batches, params=params)
+
+
+@pytest.mark.parametrize(("what", "run"), [("calibrate", pl.calibrate), ("sensitivity", score)])
+def test_a_model_that_carries_scales_or_codes_is_refused_not_passed_over(what, run):
+    """Static scales were lost without a word where no weight was packed; packed ones failed inside of JAX."""
+    model, x = nnx.Linear(2, 3, rngs=nnx.Rngs(0)), jnp.ones((1, 2))
+    dense = linen.Dense(3)
+    variables = dense.init(jax.random.key(0), x)
+    activations_alone = pl.convert(pl.calibrate(model, "activation=int8@tensor", [x]))
+    module, packed = pl.convert(pl.calibrate(dense, "activation=int8@tensor", [x], variables))
+    converted, params = pl.convert(product, "w8a8", x, params=PARAMS)
+    trained = pl.prepare_qat(model, "weight=int4@channel,lsq", x)
+
+    with pytest.raises(ValueError, match=f"{what} does not see the static scales of a converted model"):
+        run(activations_alone, STATIC, [x])
+    with pytest.raises(ValueError, match=f"{what} does not see the static scales"):
+        run(module, STATIC, [x], packed)
+    with pytest.raises(ValueError, match=f"{what} needs floating weights, and 'kernel' is stored as int4@channel"):
+        run(pl.convert(model, "weight=int4@channel", x), STATIC, [x])
+    with pytest.raises(ValueError, match="'w' is stored as int8@channel; give it the model from before the conversion"):
+        run(product, STATIC, [x], params)
+    with pytest.raises(ValueError, match="of a converted model"):
+        run(converted, STATIC, [x], params)
+    with pytest.raises(TypeError, match="calibrated already; give the model itself"):
+        run(pl.calibrate(model, STATIC, [x]), STATIC, [x])
+    with pytest.raises(ValueError, match=r"prepare_qat has trained. pl.convert\(model, None, x\) keeps them"):
+        run(trained, STATIC, [x])
+    run(pl.apply_policy(trained, "float32"), STATIC, [x])
 
 
 @pytest.mark.parametrize("calibration", ["absmax", "percentile99.9", "mse", "kl"])

@@ -8,6 +8,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import linen, nnx
 
+import precision_lab as pl
 from precision_lab.nn import FakeQuant, LinenFakeQuant, QuantParam, QuantStat
 from precision_lab.quant import fake_quantize, init_state, known_scales, quantize_with_state
 
@@ -206,6 +207,29 @@ def test_a_dynamic_quantizer_has_no_variables():
 
     assert not nnx.to_flat_state(nnx.state(module))
     assert twin.init(jax.random.key(0), X, train=True) == {}
+
+
+@pytest.mark.parametrize("spec", ["uint4,lsq+", "uint4,pact", "int4@channel,lsq"])
+def test_learned_numbers_stay_float32_under_a_policy_that_stores_parameters_in_less(spec):
+    """Linen's were cast as if they were weights: a step of 1e-3 that learns by 1e-6 would never move."""
+
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            kernel = self.param("kernel", linen.initializers.lecun_normal(), (6, 3))
+            scale = self.param("scale", linen.initializers.ones, (3,))
+            return LinenFakeQuant(spec, axis=1, name="input")(x, train=False) @ kernel * scale
+
+    plain = Net().init(jax.random.key(0), X)
+    module = pl.apply_policy(Net(), "params=bfloat16")
+
+    for variables in (module.init(jax.random.key(0), X), module.init_with_output(jax.random.key(0), X)[1]):
+        own, given = variables["params"], plain["params"]
+        jax.tree.map(np.testing.assert_array_equal, own["input"], given["input"])
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(own["input"])} == {"float32"}
+        assert (own["kernel"].dtype, own["scale"].dtype) == (jnp.bfloat16, jnp.bfloat16)
+    _, converted = pl.convert(Net(), "params=bfloat16,weight=int8@channel", X, params=plain)
+    jax.tree.map(np.testing.assert_array_equal, converted["params"]["input"], plain["params"]["input"])
 
 
 @pytest.mark.parametrize(

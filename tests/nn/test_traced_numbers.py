@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen
 
 from precision_lab.nn import apply_policy
 from precision_lab.quant import quantizer_params, stack_quantizers
@@ -75,7 +75,7 @@ def test_products_that_are_not_simulated_before_they_are_taken_refuse_numbers(po
 
 
 def test_numbers_for_a_model_or_for_nothing_are_refused():
-    with pytest.raises(TypeError, match="numbers= are for functions"):
-        apply_policy(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), "w4a16", numbers={})
+    with pytest.raises(TypeError, match="numbers= are for functions and NNX"):
+        apply_policy(linen.Dense(2), "w4a16", numbers={})
     with pytest.raises(ValueError, match="numbers= are for the settings weight"):
         apply_policy(loss, "w4a16", numbers={"gradient": quantizer_params("int8")})

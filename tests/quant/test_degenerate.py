@@ -73,6 +73,25 @@ def test_a_nan_or_infinity_is_seen_in_its_channel_and_in_no_other(spec, bad):
     np.testing.assert_array_equal(fake, quantize(x, spec, axis=0).dequantize())
 
 
+@pytest.mark.parametrize("run", [fake_quantize, quantize])
+@pytest.mark.parametrize("spec", ["int8@channel", "nf4", "mxfp4", "bfloat16"])
+def test_nonfinite_numbers_raise_if_that_is_asked_for(run, spec):
+    """Check 5 of JAX quantization: on_nonfinite="raise"; how many and where."""
+    x = jnp.ones((6, 4), jnp.bfloat16)
+    bad = x.at[3, 1].set(jnp.nan).at[5, 0].set(-jnp.inf)
+
+    run(x, spec, axis=0, on_nonfinite="raise")
+    run(bad, spec, axis=0)
+    with pytest.raises(
+        ValueError, match=r"2 of 24 elements are NaN or infinite in an array \(6, 4\), the first at \(3, 1\)"
+    ):
+        run(bad, spec, axis=0, on_nonfinite="raise")
+    with pytest.raises(ValueError, match="looks at values, which a traced array has not"):
+        jax.jit(lambda x: run(x, spec, axis=0, on_nonfinite="raise"))(x)
+    with pytest.raises(ValueError, match="on_nonfinite='ignore' must be one of nan, raise"):
+        run(x, spec, axis=0, on_nonfinite="ignore")
+
+
 @pytest.mark.parametrize(
     ("spec", "looks"), [("int8@channel", 1), ("float8_e4m3fn", 1), ("nf4", 1), ("int8,full", 2), ("int8,affine", 2)]
 )

@@ -59,7 +59,9 @@ class FakeTraining:
         if compute_dtype(config) in self.refused:
             raise ValueError(self.refused[compute_dtype(config)])
 
-    def train(self, config, *, checkpoint_dir: Path, sink, on_step=None, start_from: Path | None = None):
+    def train(
+        self, config, *, checkpoint_dir: Path, sink, on_step=None, start_from: Path | None = None, should_stop=None
+    ):
         """Writes the rows of a run, saving every four steps, going on from what was saved."""
         self.starts.append(start_from)
         kind, saved = compute_dtype(config), checkpoint_dir / "step.json"
@@ -70,7 +72,7 @@ class FakeTraining:
             if step == self.die_at and kind in self.failures:
                 raise self.failures[kind]
             if step == self.die_at and kind in self.diverging:
-                return SimpleNamespace(status="diverged", step=step, metrics={"eval/loss": math.nan})
+                return SimpleNamespace(status="diverged", step=step, metrics={"eval/loss": math.nan}, last_finite=4)
             if step > start or step == 0:
                 loss = loss_at(config, step)
                 if step == config.train.steps:
@@ -99,13 +101,13 @@ class SilentProgress:
     def __exit__(self, *_):
         return None
 
-    def start_run(self, label, total_steps):
+    def start_run(self, label, total_steps, run=""):
         """Does nothing."""
 
-    def step(self, step, loss):
+    def step(self, step, loss, run=""):
         """Does nothing."""
 
-    def end_run(self, status):
+    def end_run(self, status, run=""):
         """Remembers the state."""
         type(self).ended.append(status)
 

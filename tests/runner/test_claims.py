@@ -38,7 +38,14 @@ LAW = {
     ],
 }  # fmt: skip
 
+FAILS = {"kind": "fails", "a": "x", "value": 10.0}
+
 CASES = [
+    (FAILS, {"x": [math.nan, math.inf, 10.5]}, "reproduced"),
+    (FAILS, {"x": [Diverged("diverged at step 3"), 1e30, math.nan]}, "reproduced"),
+    (FAILS, {"x": [math.nan, 10.0, 11.0]}, "not_reproduced"),  # the value itself is no failure
+    (FAILS, {"x": [math.nan, -1e30, 11.0]}, "not_reproduced"),
+    (FAILS, {"x": [math.nan, "failed: a crash", 11.0]}, "inconclusive"),
     (GT, {"x": [0.6, 10.6, 20.6], "y": Y}, "reproduced"),
     (GT, {"x": [0.4, 10.4, 20.4], "y": Y}, "not_reproduced"),
     (GT, {"x": [0.5, 10.5, 20.5], "y": Y}, "not_reproduced"),  # the margin itself is not enough

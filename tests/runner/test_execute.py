@@ -246,7 +246,7 @@ def test_a_run_that_went_on_in_another_environment_shows_both(training, monkeypa
 
 
 def test_a_run_held_by_another_process_comes_last_and_is_not_repeated(training, monkeypatch):
-    from precision_lab.runner.rundir import RunDir
+    from precision_lab.runner.rundir import BusyError, RunDir
 
     claim, refused = RunDir.claim, []
     first = execute.plan(runner.load(EXPERIMENT), Path("runs"))[0].run.id
@@ -254,7 +254,7 @@ def test_a_run_held_by_another_process_comes_last_and_is_not_repeated(training, 
     def busy_once(self, config, *, wait):
         if self.id == first and not wait:
             refused.append(self.id)
-            raise execute.BusyError(self.id)
+            raise BusyError(self.id)
         return claim(self, config, wait=wait)
 
     monkeypatch.setattr(RunDir, "claim", busy_once)

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 
@@ -140,6 +141,41 @@ def test_a_run_whose_process_is_gone_counts_as_stopped(tmp_path):
         run.start({})
 
     assert run.status()["state"] == "stopped"
+
+
+def test_a_run_of_another_machine_is_its_own_as_long_as_its_heart_beats(tmp_path, monkeypatch):
+    """Locks of another machine cannot be seen on many file servers."""
+    run, now = run_dir(tmp_path, CONFIG), time.time()
+    monkeypatch.setattr(rundir.socket, "gethostname", lambda: "elsewhere")
+    with run.claim(CONFIG, wait=False):
+        run.start({})
+    monkeypatch.undo()
+
+    assert run.status()["state"] == "running"
+    with pytest.raises(BusyError), run.claim(CONFIG, wait=False):
+        pytest.fail("was claimed twice")
+
+    monkeypatch.setattr(rundir.time, "time", lambda: now + rundir.GONE_AFTER_S + 1)
+    assert run.status()["state"] == "stopped"
+    with run.claim(CONFIG, wait=False):
+        assert run.start({}) == 2
+
+
+def test_the_heart_beats_while_a_run_goes_on_and_not_after(tmp_path, monkeypatch):
+    monkeypatch.setattr(rundir, "HEARTBEAT_S", 0.01)
+    run = run_dir(tmp_path, CONFIG)
+    with run.claim(CONFIG, wait=False):
+        run.start({})
+        with run.beating():
+            deadline = time.monotonic() + 20
+            while "heartbeat_unix_s" not in run.status():
+                assert time.monotonic() < deadline
+        first = run.status()
+        time.sleep(0.05)
+        assert run.status() == first
+
+    assert first["heartbeat_unix_s"] >= first["unix_s"]
+    assert (first["state"], first["attempt"], first["pid"]) == ("running", 1, os.getpid())
 
 
 def test_two_processes_never_hold_one_run(tmp_path):

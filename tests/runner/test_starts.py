@@ -3,6 +3,8 @@
 import pytest
 
 from precision_lab import runner
+from precision_lab.runner import execute, executors
+from precision_lab.runner.executors import process
 from precision_lab.runner.identity import run_id
 from precision_lab.runner.rundir import RunDir
 from precision_lab.runner.summary import varied
@@ -153,3 +155,22 @@ def test_adapters_are_merged_where_there_are_any_and_nowhere_else(first, merge, 
         load({"a": first, "b": {"start": {"arm": "a", "merge": merge}}}, claims=[])
 
     assert load({"a": first, "b": {"start": {"arm": "a", "merge": not merge}}}, claims=[]).size() == 4
+
+
+def test_the_pool_of_processes_starts_no_run_before_the_one_it_begins_from_has_ended(tmp_path):
+    experiment = runner.load(CHAIN)
+    planned = execute.plan(experiment, tmp_path)
+    pool = process._Pool(executors.Context({}, None, print, None, jobs=2))
+    child = process.Child(planned[0], None)
+
+    pool._children = [child]
+    beside = pool._next(planned[1:], [])
+    pool._children = []
+    after = pool._next(planned[1:], [])
+
+    assert [one.label for one in planned[:2]] == ["first, seed 0", "middle, seed 0"]
+    assert beside.label == "first, seed 1"
+    assert after.label == "middle, seed 0"
+    assert pool._next(planned[2:3], []) is not None  # what it begins from is not ours to run: the run itself will tell
+    pool._children = [child]
+    assert pool._next([], [planned[1]]) is planned[1]

@@ -9,7 +9,7 @@ import pytest
 
 from precision_lab.data import DigitsConfig
 from precision_lab.training.checkpointing import Checkpoints
-from precision_lab.training.optimizer import hyper
+from precision_lab.training.numbers import hyper
 from precision_lab.training.program import program_for
 from tests.training.runs import config, run
 

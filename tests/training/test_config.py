@@ -35,7 +35,7 @@ def errors(**changes):
         ({"loss_scale": False}, ("loss_scale",), "expected a mapping with a 'kind'"),
         ({"train": {"steps": -1}}, ("train", "steps"), "greater than or equal to 0"),
         ({"train": {"steps": True}}, ("train", "steps"), "valid integer"),
-        ({"train": {"steps": 1, "on_nonfinite": "skip"}}, ("train", "on_nonfinite"), "'stop' or 'continue'"),
+        ({"train": {"steps": 1, "on_nonfinite": "skp"}}, ("train", "on_nonfinite"), "'stop', 'skip' or 'continue'"),
         ({"policy": None}, ("policy",), "expected a policy such as float32"),
         ({"policy": True}, ("policy",), "expected a policy such as float32"),
         ({"policy": "params=flaot32"}, ("policy",), "float32"),

@@ -140,11 +140,24 @@ def test_a_probe_is_run_once_judged_and_reported(tmp_path):
 
 
 def test_an_arm_may_be_a_probe_beside_arms_that_train():
-    loaded = runner.load(experiment())
+    loaded = runner.load(experiment(metrics=["eval/loss", "probe/count"]))
 
     assert isinstance(loaded.runs["counted"][2], ProbeRun)
     assert loaded.runs["trained"][0].total_steps == BASE["train"]["steps"]
     assert loaded.known_metrics(["counted"]) == {"probe/count"}
+    with pytest.raises(ValueError, match="no metric 'probe/counts'; did you mean 'probe/count'"):
+        runner.load(experiment(metrics=["probe/counts"]))
+
+
+def test_a_column_stays_empty_for_arms_that_do_not_log_it(tmp_path):
+    arms = {"dot": {"probe": {"kind": "dot_product", "length": 8, "count": 2}}, "counted": {"probe": "count_for_test"}}
+    config = {"name": "two", "arms": arms, "seeds": [3], "metrics": ["probe/count", "probe/error"]}
+
+    results = runner.run(config, out=tmp_path)
+
+    cells = [{name: cell.mean and cell.mean.mean for name, cell in row.cells.items()} for row in results.rows]
+    assert cells == [{"probe/count": None, "probe/error": 0.0}, {"probe/count": 3.0, "probe/error": None}]
+    assert "probe/count" in str(results)
 
 
 @pytest.mark.parametrize(

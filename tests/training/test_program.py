@@ -8,7 +8,8 @@ import pytest
 
 from precision_lab import data
 from precision_lab.data import DigitsConfig
-from precision_lab.training.optimizer import build_optimizer, hyper
+from precision_lab.training.numbers import hyper
+from precision_lab.training.optimizer import build_optimizer
 from precision_lab.training.program import check_program, program_for
 from tests.training.runs import HALF, config
 

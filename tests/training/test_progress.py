@@ -76,6 +76,23 @@ def test_lines_come_every_half_minute_of_a_slow_run():
     assert all("\x1b" not in line and "\r" not in line and "\n" not in line for line in lines)
 
 
+def test_runs_that_go_on_at_once_are_told_apart():
+    time, lines = Time(), []
+    with RunProgress(2, view=LinesView(lines.append, time)) as progress:
+        progress.start_run("first", 10, "a")
+        progress.start_run("second", 1000, "b")
+        for step in range(1, 10):
+            progress.step(step, 0.5, "a")
+            progress.step(step, 0.25, "b")
+        progress.end_run("done", "b")
+        progress.end_run("failed", "a")
+
+    assert lines[:2] == ["[1/2] first: 10 steps (compiling first)", "[2/2] second: 1000 steps (compiling first)"]
+    assert all(line.startswith("  first: step") and "loss 0.5" in line for line in lines[2:-2])
+    assert len(lines[2:-2]) == 9
+    assert [line.split(",")[0] for line in lines[-2:]] == ["[1/2] second: done", "[2/2] first: failed"]
+
+
 def test_a_diverged_run_shows_its_loss():
     time, lines = Time(), []
     with RunProgress(view=LinesView(lines.append, time)) as progress:

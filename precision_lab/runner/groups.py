@@ -1,0 +1,129 @@
+"""Groups: which arms of an experiment share one compiled program, and why the others do not.
+
+Arms are in one group if they differ only in numbers that the compiled step takes as arguments (see
+`training.numbers`): their seeds, the widths of their quantizers, learning rates and the like. A group is compiled
+once, whichever executor runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+from precision_lab.training.config import RunConfig
+
+if TYPE_CHECKING:
+    from precision_lab.runner.config import ExperimentConfig
+
+
+@dataclass(frozen=True)
+class Group:
+    """Arms that share a program.
+
+    Attributes:
+      arms: their names, in the order of the experiment.
+      runs: how many runs they have.
+      structure: what they have in common: a config with a fixed value in place of every number that is an argument.
+      reason: why they are not in the group before that is most like them; empty for the first group.
+    """
+
+    arms: tuple[str, ...]
+    runs: int
+    structure: Any
+    reason: str = ""
+
+    def __str__(self) -> str:
+        """Returns one line."""
+        programs = f"{', '.join(self.arms)}: {self.runs} runs, one program"
+        return f"{programs} ({self.reason})" if self.reason else programs
+
+
+def groups(experiment: ExperimentConfig) -> list[Group]:
+    """Returns the groups of an experiment's arms, in the order of their first arms."""
+    members: dict[Any, list[str]] = {}
+    first: dict[Any, Any] = {}
+    for arm, seeds in experiment.runs.items():
+        config = next(iter(seeds.values()))
+        structure = structure_of(config)
+        members.setdefault(structure, []).append(arm)
+        first.setdefault(structure, config)
+    found: list[Group] = []
+    for structure, arms in members.items():
+        runs = sum(len(experiment.runs[arm]) for arm in arms)
+        reason = _why_apart(first[structure], [(group.arms[0], first[group.structure]) for group in found])
+        found.append(Group(tuple(arms), runs, structure, reason))
+    return found
+
+
+def structure_of(config: Any) -> Any:
+    """Returns what runs must have in common to share a program; what trains no model shares it with its equals."""
+    from precision_lab.training.numbers import static_part
+
+    return static_part(config) if isinstance(config, RunConfig) else config
+
+
+def describe(found: list[Group]) -> str:
+    """Returns groups as lines for people."""
+    total = sum(group.runs for group in found)
+    head = f"{total} runs in {len(found)} compiled program{'s' if len(found) > 1 else ''}"
+    return "\n".join([head + ":", *(f"  {group}" for group in found)])
+
+
+def _why_apart(config: Any, others: list[tuple[str, Any]]) -> str:
+    """Returns how a run differs in structure from the one among others, named by their arms, that is most like it."""
+    found = [(_differences(config, other), name) for name, other in others]
+    if not found:
+        return ""
+    differing, name = min(found, key=lambda each: len(each[0]))
+    return f"unlike {name}: {'; '.join(differing)}"
+
+
+def _differences(config: Any, other: Any) -> list[str]:
+    """Returns the fields in which the structures of two runs differ, in words."""
+    if not isinstance(config, RunConfig) or not isinstance(other, RunConfig):
+        return ["it is another kind of run"]
+    mine, theirs = (dict(_leaves(structure_of(one))) for one in (config, other))
+    # Where a part is of another kind, that says it all; fields that only one of them has do not count.
+    differing = [path for path in mine if path in theirs and mine[path] != theirs[path]]
+    words = [f"{path} is {_show(mine[path])}, not {_show(theirs[path])}" for path in differing if path != "policy"]
+    return [*(_policies(config, other) if "policy" in differing else ()), *words]
+
+
+def _policies(config: RunConfig, other: RunConfig) -> Iterator[str]:
+    """Yields how the structures of two policies differ, setting by setting."""
+    from precision_lab.policy.treatment import SETTINGS
+    from precision_lab.training.numbers import policy_apart
+
+    mine, theirs = policy_apart(config.policy), policy_apart(other.policy)
+    for key in ("params", "output", "ops", *SETTINGS):
+        a, b = getattr(mine.policy, key), getattr(theirs.policy, key)
+        if a != b:
+            reason = mine.reasons.get(key) or theirs.reasons.get(key)
+            yield f"policy {key}={_word(a)}, not {_word(b)}" + (f" ({reason})" if reason else "")
+    rules, others = ([str(rule) for rule in one.policy.rules] for one in (mine, theirs))
+    if rules != others:
+        yield f"policy rules are {'; '.join(rules) or 'none'}, not {'; '.join(others) or 'none'}"
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the fields of a config by dotted path."""
+    if isinstance(value, BaseModel):
+        value = {name: getattr(value, name) for name in type(value).model_fields}
+    if not isinstance(value, Mapping):
+        yield path, value
+        return
+    for name, inner in value.items():
+        yield from _leaves(inner, f"{path}.{name}" if path else name)
+
+
+def _show(value: Any) -> str:
+    """Returns the value of a field for people."""
+    return "nothing" if value is None else str(value)
+
+
+def _word(value: Any) -> str:
+    """Returns the value of a policy's setting as it is written."""
+    return "none" if value is None else getattr(value, "name", str(value))

@@ -1,0 +1,175 @@
+"""One run, from its directory to its result; what every executor calls.
+
+Whatever happens is written in the directory: a result, a crash with its traceback, or that the run was stopped and
+where it goes on.
+"""
+
+import contextlib
+import logging
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from precision_lab.runner.disk import disk_full, is_disk_full
+from precision_lab.runner.environment import registered_code
+from precision_lab.runner.parents import await_parent, start_from
+from precision_lab.runner.rundir import FINISHED, RunDir
+from precision_lab.runner.stopping import Preempted, Stop
+from precision_lab.training import AnyRun
+
+
+class Progress(Protocol):
+    """What `training.progress.RunProgress` offers while runs go on."""
+
+    def start_run(self, label: str, total_steps: int, run: str = "") -> None: ...
+
+    def step(self, step: int, loss: float, run: str = "") -> None: ...
+
+    def end_run(self, status: str, run: str = "") -> None: ...
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run to be made: its directory, and the arms that it serves."""
+
+    label: str
+    config: AnyRun
+    run: RunDir
+
+
+def execute_trial(
+    run: RunDir,
+    *,
+    env: Mapping[str, Any],
+    progress: Progress,
+    label: str,
+    say: Callable[[str], None] = print,
+    stop: Stop | None = None,
+    wait: bool = False,
+) -> str:
+    """Executes the run of a prepared directory, or takes it up where it was left, and returns the state it ends in.
+
+    The configuration is read from the directory. A crash is recorded there and not raised.
+
+    Args:
+      run: the directory, with its `config.yaml`.
+      env: the fingerprint of this machine.
+      progress: hears how far the run is.
+      label: names the run in messages.
+      say: receives one-line messages.
+      stop: asks the run to save and end at a step.
+      wait: whether to wait for another process that executes it.
+
+    Raises:
+      BusyError: another process is executing it, or the run that it begins from, and `wait` is false.
+      ValueError: the directory holds no valid configuration.
+      KeyboardInterrupt, Preempted: the run was stopped, and is marked so.
+      DiskFullError: there is no room for results.
+    """
+    config = run.config()
+    stop = stop or Stop()
+    await_parent(run, config, wait=wait)
+    with run.claim(config, wait=wait):
+        state = run.status()["state"]
+        if state in FINISHED:  # Another process was faster.
+            return state
+        try:
+            attempt = run.start({**env, **registered_code(config)})
+        except OSError as error:
+            raise (disk_full(run.path.parent) if is_disk_full(error) else error) from None
+        progress.start_run(label, config.total_steps)
+        try:
+            state = _attempt(run, config, attempt, progress, stop, label, say)
+        finally:
+            progress.end_run(run.status()["state"])
+    stop.end_run()
+    return state
+
+
+def _attempt(
+    run: RunDir,
+    config: AnyRun,
+    attempt: int,
+    progress: Progress,
+    stop: Stop,
+    label: str,
+    say: Callable[[str], None],
+) -> str:
+    """Trains, writes down how that ended, and returns the state."""
+    state = "interrupted"
+    try:
+        state = _train(run, config, attempt, progress, stop)
+    except Preempted:
+        state = "preempted"
+        raise
+    except Exception as error:
+        state = "failed"
+        full = disk_full(run.path.parent) if is_disk_full(error) else None
+        log = _record_crash(run, attempt, error, full)
+        if full is not None:
+            raise full from None
+        say(f"{label} failed: {_last_line(error)} (see {log})")
+    finally:
+        if state in ("interrupted", "preempted"):
+            run.stop(state, attempt=attempt, error=None)
+    return state
+
+
+def _train(run: RunDir, config: AnyRun, attempt: int, progress: Progress, stop: Stop) -> str:
+    """Trains, keeps the record and the result, and returns the state."""
+    from precision_lab import training
+
+    started = time.monotonic()
+    run.checkpoints.mkdir(exist_ok=True)
+    with run.beating(), _logging_to(run.log(attempt)), run.sink(attempt) as sink:
+        result = training.train(
+            config,
+            checkpoint_dir=run.checkpoints,
+            sink=sink,
+            on_step=progress.step,
+            should_stop=stop,
+            **start_from(run, config),
+        )
+    if result.status == "stopped":
+        return stop.state
+    found: dict[str, Any] = {"step": result.step, "metrics": result.metrics}
+    if result.status == "diverged":
+        found["last_finite_checkpoint"] = result.last_finite
+    run.finish(result.status, duration_s=round(time.monotonic() - started, 3), attempt=attempt, **found)
+    return result.status
+
+
+@contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    """Keeps what libraries log during a run in its log, which exists only if there was something."""
+    path.parent.mkdir(exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        with contextlib.suppress(OSError):  # What a full disk did not take.
+            handler.close()
+
+
+def _record_crash(run: RunDir, attempt: int, error: Exception, full: Exception | None) -> Path:
+    """Notes the failure of a run, its traceback in the log as far as there is room."""
+    log = run.log(attempt)
+    with contextlib.suppress(OSError):
+        log.parent.mkdir(exist_ok=True)
+        with log.open("a", encoding="utf-8") as file:
+            file.write("".join(traceback.format_exception(error)))
+    run.stop("failed", attempt=attempt, error=_last_line(full or error))
+    return log
+
+
+def _last_line(error: Exception) -> str:
+    """Returns an error as one line of readable length."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 300 else text[:297] + "..."
