@@ -15,8 +15,9 @@ import jax.numpy as jnp
 
 from precision_lab.formats import Format, round_to
 from precision_lab.rewrite.bilinear import Matmul
+from precision_lab.rewrite.held import quantized_by
 from precision_lab.rewrite.parameters import dense, is_stored
-from precision_lab.rewrite.quantized import NOTHING_GIVEN, fake_quantized
+from precision_lab.rewrite.quantized import NOTHING_GIVEN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ def decomposed(layouts: Any, operands: Sequence[Any], quantizers: Sequence[Any],
         raise ValueError(f"{_what(how)} is for matrix products; leave a convolution out by a rule: outliers=none.")
     if any(is_stored(x) for x in operands):
         raise ValueError(f"{_what(how)} needs the weights of outliers as they were, and these are stored quantized.")
-    if any(one is not NOTHING_GIVEN for one in given):
+    if any(getattr(one, "given", one) is not NOTHING_GIVEN for one in given):  # other numbers of a quantizer may be
         raise ValueError(f"{_what(how)} finds scales without the outliers in every call; they cannot be given.")
     arrays = [layout(dense(x)).astype(jnp.float32) for layout, x in zip(layouts.operands, operands, strict=True)]
     contracted = [axes[0] for axes in layouts.op.contracted()]
@@ -67,13 +68,13 @@ def decomposed(layouts: Any, operands: Sequence[Any], quantizers: Sequence[Any],
     features = jnp.max(jnp.abs(x), axis=kept, keepdims=True, initial=0) >= how.threshold
     masks = [features, features]
     masks[1 - how.activation] = features.swapaxes(-1, -2)
-    parts = zip(arrays, masks, quantizers, contracted, strict=True)
-    return tuple(_mixed(x, mask, quantizer, axis, how.compute) for x, mask, quantizer, axis in parts)
+    parts = zip(arrays, masks, quantizers, contracted, given, strict=True)
+    return tuple(_mixed(x, mask, quantizer, axis, one, how.compute) for x, mask, quantizer, axis, one in parts)
 
 
-def _mixed(x: jax.Array, mask: jax.Array, quantizer: Any, axis: int, compute: Format) -> jax.Array:
+def _mixed(x: jax.Array, mask: jax.Array, quantizer: Any, axis: int, given: Any, compute: Format) -> jax.Array:
     """Returns an operand whose outliers are in the compute format and whose other elements are quantized."""
-    return jnp.where(mask, round_to(x, compute), fake_quantized(jnp.where(mask, 0, x), quantizer, (axis,)))
+    return jnp.where(mask, round_to(x, compute), quantized_by(jnp.where(mask, 0, x), quantizer, (axis,), given))
 
 
 def _what(how: Outliers) -> str:

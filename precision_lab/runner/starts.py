@@ -54,6 +54,9 @@ def _parent(runs: Mapping[str, AnyRun], arm: str, refuse: Callable[[str, str, st
         raise refuse(arm, "arm", f"arm {start.arm!r} is a probe, which ends with no parameters.")
     if parent.train.steps == 0:
         raise refuse(arm, "arm", f"arm {start.arm!r} trains nothing and saves nothing: start where it does.")
+    if (parent.lora is not None) != start.merge:
+        way = "adapters beside its weights: merge: true adds them" if parent.lora else "no adapters to merge"
+        raise refuse(arm, "arm" if parent.lora else "merge", f"arm {start.arm!r} ends with {way}.")
     if parent.model != run.model:
         raise refuse(arm, "arm", f"arm {start.arm!r} trains another model: what it ends with does not fit this one.")
     if parent.data.spec() != run.data.spec():

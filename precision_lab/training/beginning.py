@@ -5,13 +5,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from precision_lab.models import DataSpec
+from precision_lab.nn import merge_lora
+from precision_lab.nn.nnx_policy import replace_params
+from precision_lab.nn.weight_error import quantized_weights
 from precision_lab.optim import full_precision
+from precision_lab.policy import Policy
 from precision_lab.training.checkpointing import Checkpoints
 from precision_lab.training.config import RunConfig
 from precision_lab.training.numbers import hyper
-from precision_lab.training.program import Program, program_for
+from precision_lab.training.program import Program, batch_shapes, model_under, program_for, take_apart
 from precision_lab.training.state import TrainState
 from precision_lab.training.transforming import check_transforms, transformed
 
@@ -66,5 +71,15 @@ def _final_parameters(config: RunConfig, spec: DataSpec, folder: Path | None) ->
         found = "none" if restored is None else f"one of step {int(restored.state.step)}"
         raise ValueError(f"the run that this one starts from left no last checkpoint in '{folder}', but {found}.")
     state: TrainState = restored.state
+    if parent.lora is not None:
+        return _merged(parent, spec, state)
     params = full_precision(state.params, state.opt_state) if parent.master_weights else state.params
     return jax.tree.map(lambda x: x.astype("float32"), params), state.model_state
+
+
+def _merged(parent: RunConfig, spec: DataSpec, state: TrainState) -> tuple[Any, Any]:
+    """Returns the weights that a run's adapters stood beside, as it multiplied them, with these added."""
+    policy, example = Policy.parse(parent.policy), batch_shapes(spec, 1)["inputs"]
+    model = nnx.merge(model_under(parent, spec, Policy.parse("float32")).eval, state.params, state.model_state)
+    replace_params(model, quantized_weights(model, policy, example))
+    return take_apart(merge_lora(model, example))

@@ -160,7 +160,7 @@ def _not_semantic(config: BaseModel) -> dict[str, Any]:
     for name, field in type(config).model_fields.items():
         value, marks = getattr(config, name), field.json_schema_extra
         marks = marks if isinstance(marks, dict) else {}
-        if not marks.get("semantic", True) or ("legacy" in marks and value == marks["legacy"]):
+        if not marks.get("semantic", True) or ("legacy" in marks and _normal(value) == marks["legacy"]):
             found[name] = True
         elif isinstance(value, BaseModel) and (inner := _not_semantic(value)):
             found[name] = inner

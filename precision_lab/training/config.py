@@ -36,7 +36,7 @@ from precision_lab.models.fields import (
 from precision_lab.models.registry import Registry
 from precision_lab.policy import Policy
 from precision_lab.quant import Quantizer, quantizer
-from precision_lab.training.start import NamedPolicies, Policies, StartConfig, canonical_policy
+from precision_lab.training.start import LoRAConfig, NamedPolicies, Policies, StartConfig, canonical_policy
 from precision_lab.training.transforms import AnyTransform
 
 _STORABLE = ("float32", "bfloat16", "float16")
@@ -258,6 +258,7 @@ class RunConfig(FrozenConfig):
       evals: further policies, by name, that the same parameters are evaluated under whenever the run is: a training
         run with quantized weights may have `shadow: float32`, a float32 run `int4: "weight=int4@channel"`.
       transforms: what is done to the parameters that it begins with, in this order.
+      lora: trains adapters beside the weights instead of the parameters; None trains the parameters.
     """
 
     model: AnyModel
@@ -276,6 +277,7 @@ class RunConfig(FrozenConfig):
     transforms: Annotated[
         tuple[AnyTransform, ...], BeforeValidator(tuple_of_list), Field(json_schema_extra={"legacy": []})
     ] = ()
+    lora: Annotated[LoRAConfig | None, Field(json_schema_extra={"legacy": None})] = None
 
     @field_validator("policy", mode="before")
     @classmethod
@@ -286,6 +288,7 @@ class RunConfig(FrozenConfig):
     def _fits_together(self) -> "RunConfig":
         _check_task(self)
         _check_storage(self)
+        _check_lora(self)
         _check_loss_shift(self)
         schedule = self.optim.schedule
         if isinstance(schedule, WarmupCosineSchedule) and schedule.warmup >= self.train.steps > 0:
@@ -331,6 +334,18 @@ def _check_storage(run: RunConfig) -> None:
             "without master_weights: params=bfloat16"
         )
         raise located_error(("update",), message, run.update)
+
+
+def _check_lora(run: RunConfig) -> None:
+    """Raises for adapters beside weights that are stored in less than float32."""
+    for keys, policy in [(("policy",), run.policy), *((("evals", name), one) for name, one in run.evals.items())]:
+        params = Policy.parse(policy).params.name
+        if run.lora is not None and params != "float32":
+            message = (
+                f"lora trains float32 adapters, but policy '{policy}' stores parameters as {params}: store float32, "
+                "and say what the weights are multiplied in: compute=bfloat16, weight=nf4"
+            )
+            raise located_error(keys, message, policy)
 
 
 def _check_loss_shift(run: RunConfig) -> None:

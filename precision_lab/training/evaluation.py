@@ -94,7 +94,7 @@ def check_evaluations(program: Program, config: RunConfig, spec: DataSpec) -> No
 @functools.lru_cache(maxsize=_EVALUATORS_KEPT)
 def _weight_measure(config: RunConfig, spec: DataSpec, policy: str) -> Any:
     """Returns the jitted function from a state to the relative squared error of the weights that a policy quantizes."""
-    model = model_under(config.model, spec, Policy.parse("float32"))
+    model = model_under(config, spec, Policy.parse("float32"))
     example = batch_shapes(spec, 1)["inputs"]
 
     def measured(state: TrainState) -> jax.Array:
@@ -107,7 +107,7 @@ def _weight_measure(config: RunConfig, spec: DataSpec, policy: str) -> Any:
 def _evaluator(config: RunConfig, spec: DataSpec, policy: str) -> Any:
     """Returns the jitted function that evaluates a batch under another policy, as `Program.evaluate` does."""
     parsed = Policy.parse(policy)
-    model = model_under(config.model, spec, parsed)
+    model = model_under(config, spec, parsed)
 
     def evaluated(state: TrainState, batch: Any, weights: jax.Array) -> dict[str, jax.Array]:
         stored = dataclasses.replace(state, params=parsed.cast_to_param(state.params))

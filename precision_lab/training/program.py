@@ -16,7 +16,7 @@ from flax import nnx
 
 from precision_lab import models
 from precision_lab.models import DataSpec, ModelConfig
-from precision_lab.nn import apply_policy
+from precision_lab.nn import add_lora, apply_policy
 from precision_lab.nn.nnx_policy import set_numbers
 from precision_lab.optim import (
     current_loss_scale,
@@ -33,6 +33,7 @@ from precision_lab.training.optimizer import build_optimizer
 from precision_lab.training.state import NEVER, TrainState
 
 _PROGRAMS_KEPT = 64
+_ADAPTERS = 0x10AA  # stream of random numbers, apart from those of the initialisation
 
 
 class Program(NamedTuple):
@@ -86,7 +87,7 @@ def check_program(program: Program, config: RunConfig) -> None:
         after, _ = program.step.eval_shape(program.state_shapes, program.batch_shapes, hyper(config))
     except ValueError:
         # The program knows no numbers; that of this config alone says the same in the words of its policy.
-        whole = model_under(config.model, program.spec, Policy.parse(config.policy))
+        whole = model_under(config, program.spec, Policy.parse(config.policy))
         alone = functools.partial(_step, static_part(config), whole)
         jax.eval_shape(alone, program.state_shapes, program.batch_shapes, hyper(config)._replace(quantizers={}))
         raise
@@ -104,9 +105,9 @@ class Model(NamedTuple):
 @functools.lru_cache(maxsize=_PROGRAMS_KEPT)
 def _build(config: RunConfig, spec: DataSpec) -> Program:
     policy = Policy.parse(config.policy)
-    model = model_under(config.model, spec, policy)
+    model = model_under(config, spec, policy)
     fresh = _initializer(config.model, spec)  # pyright: ignore[reportArgumentType]
-    start = jax.jit(functools.partial(_start, config, policy))
+    start = jax.jit(functools.partial(_start, config, policy, spec))
 
     def init(seed: int, numbers: Hyper) -> TrainState:
         # Two programs: that of `fresh` is the same whatever the policy, so that paired runs start from equal bits.
@@ -126,9 +127,11 @@ def _build(config: RunConfig, spec: DataSpec) -> Program:
     )
 
 
-def model_under(config: ModelConfig, spec: DataSpec, policy: Policy) -> Model:
-    """Returns the definition of the model under `policy`, for training and for evaluation."""
-    model = apply_policy(nnx.eval_shape(lambda: models.build(config, spec, 0)), policy)
+def model_under(config: RunConfig, spec: DataSpec, policy: Policy) -> Model:
+    """Returns the definition of a run's model under `policy`, for training and for evaluation, with its adapters."""
+    model = apply_policy(nnx.eval_shape(lambda: models.build(config.model, spec, 0)), policy)
+    if config.lora is not None:
+        model = nnx.eval_shape(lambda: with_adapters(models.build(config.model, spec, 0), config, spec, policy, 0))
     model.train()
     train = nnx.split(model)[0]
     model.eval()
@@ -138,19 +141,40 @@ def model_under(config: ModelConfig, spec: DataSpec, policy: Policy) -> Model:
 @functools.lru_cache(maxsize=_PROGRAMS_KEPT)
 def _initializer(config: ModelConfig, spec: DataSpec) -> Callable[[Any], tuple[Any, Any]]:
     """Returns the jitted function from a seed to the model's float32 parameters and its other state."""
-    return jax.jit(lambda seed: _take_apart(models.build(config, spec, seed)))
+    return jax.jit(lambda seed: take_apart(models.build(config, spec, seed)))
 
 
-def _take_apart(model: nnx.Module) -> tuple[Any, Any]:
+def take_apart(model: nnx.Module) -> tuple[Any, Any]:
     """Returns (parameters, other state) as nested dicts of arrays."""
-    _, params, rest = nnx.split(model, nnx.Param, ...)
-    return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+    return _split(model, nnx.Param)
+
+
+def _split(model: nnx.Module, trained: Any) -> tuple[Any, Any]:
+    """Returns the variables of a type, and all others, as nested dicts of arrays."""
+    _, chosen, rest = nnx.split(model, trained, ...)
+    return nnx.to_pure_dict(chosen), nnx.to_pure_dict(rest)
+
+
+def _trained(config: RunConfig) -> Any:
+    """Returns the type of the variables that a run trains; the others, frozen weights too, are its model state."""
+    return nnx.Param if config.lora is None else nnx.LoRAParam
+
+
+def with_adapters(model: nnx.Module, config: RunConfig, spec: DataSpec, policy: Policy, seed: Any) -> nnx.Module:
+    """Returns a model under a policy with the adapters that a run trains, as they are before the first step."""
+    assert config.lora is not None
+    options = {"rank": config.lora.rank, "alpha": config.lora.alpha, "paths": config.lora.paths, "policy": policy}
+    key = jax.random.fold_in(jax.random.key(seed), _ADAPTERS)
+    return add_lora(model, batch_shapes(spec, 1)["inputs"], key=key, **options)
 
 
 def _start(
-    config: RunConfig, policy: Policy, params: Any, model_state: Any, numbers: Hyper, seed: jax.Array
+    config: RunConfig, policy: Policy, spec: DataSpec, params: Any, model_state: Any, numbers: Hyper, seed: jax.Array
 ) -> TrainState:
     """Returns the state before the first step."""
+    if config.lora is not None:
+        bare = nnx.merge(model_under(config.model_copy(update={"lora": None}), spec, policy).train, params, model_state)
+        params, model_state = _split(with_adapters(bare, config, spec, policy, seed), nnx.LoRAParam)
     stored = policy.cast_to_param(params)
     # Masters start from the originals; what is updated in place, and what it has lost, has the dtype it is stored in.
     given = params if config.master_weights else stored
@@ -173,7 +197,7 @@ def _step(
         set_numbers(called, numbers.quantizers)
         loss = jnp.mean(cross_entropy(called(batch["inputs"]), batch["targets"]))  # type: ignore[operator]
         set_numbers(called, {})
-        return scale_loss(loss * numbers.loss_factor, state.opt_state), (loss, _take_apart(called)[1])
+        return scale_loss(loss * numbers.loss_factor, state.opt_state), (loss, _split(called, _trained(config))[1])
 
     grads, (loss, model_state) = jax.grad(scaled_loss, has_aux=True)(state.params)
     if config.train.on_nonfinite == "skip":  # Gradients may be finite where the loss is not.

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from precision_lab.models.fields import Bool, FrozenConfig
+from precision_lab.models.fields import Bool, FrozenConfig, PositiveFloat, PositiveInt
 from precision_lab.policy import Policy
 
 if TYPE_CHECKING:
@@ -26,6 +26,23 @@ class StartConfig(FrozenConfig):
     arm: Annotated[str, Field(json_schema_extra={"semantic": False})] = ""
     run: Optional["RunConfig"] = None
     merge: Bool = False
+
+
+class LoRAConfig(FrozenConfig):
+    """Adapters of low rank beside the weights, which stay as they are; the adapters alone train, in float32.
+
+    Source: Hu et al. 2021, arXiv:2106.09685, section 4.1; beside quantized weights Dettmers et al. 2023,
+      arXiv:2305.14314.
+
+    Attributes:
+      rank: of each adapter.
+      alpha: they are added times alpha / rank; 2 * rank unless given.
+      paths: glob of the weights that get one, such as "blocks/**".
+    """
+
+    rank: PositiveInt
+    alpha: PositiveFloat | None = None
+    paths: str = "**"
 
 
 class Policies(dict[str, str]):

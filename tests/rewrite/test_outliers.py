@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 import precision_lab as pl
+from precision_lab.nn.numbers import apart
 from precision_lab.policy import Policy
 from precision_lab.policy.deriving import with_static_scales, without_quantizers
 
@@ -94,6 +95,18 @@ def test_gradients_go_straight_through_and_multiply_what_the_product_multiplied(
     used_x, used_w = np.where(features, x, int8(rest_x, 1)), np.where(features[:, None], w, int8(rest_w, 0))
     np.testing.assert_allclose(dx, np.broadcast_to(used_w.sum(axis=1), dx.shape), rtol=1e-5)
     np.testing.assert_allclose(dw, np.broadcast_to(used_x.sum(axis=0)[:, None], dw.shape), rtol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_numbers_of_its_quantizers_may_be_arguments(bits):
+    x, w = operands()
+    policy = Policy.parse(DECOMPOSED.replace("int8", f"int{bits}"))
+    structure, numbers, _ = apart(policy)
+
+    traced = jax.jit(lambda numbers, x: pl.apply_policy(product, structure, numbers=numbers)({"w": w}, x))(numbers, x)
+
+    assert set(numbers) == {"weight", "activation"}
+    np.testing.assert_allclose(traced, pl.apply_policy(product, policy)({"w": w}, x), rtol=1e-6, atol=1e-5)
 
 
 def test_products_without_a_parameter_have_no_outliers():

@@ -129,6 +129,34 @@ def test_a_run_of_no_steps_logs_evaluations_under_each_policy_and_no_training():
     assert not any(name.startswith("train/") for name in known)
 
 
+def test_a_column_may_be_of_a_metric_that_only_some_arms_log(training):
+    arms = {"a": {}, "b": {"evals": {"half": "float16"}}}
+
+    results, _ = run({**CHAIN, "baseline": "", "arms": arms, "metrics": ["eval/loss", "eval_half/loss"], "seeds": [0]})
+
+    assert results.rows[0].cells["eval_half/loss"].mean is None
+    with pytest.raises(ValueError, match="no metric 'eval_hal/loss'; did you mean 'eval_half/loss'"):
+        load(arms, metrics=["eval_hal/loss"], claims=[])
+
+
+@pytest.mark.parametrize(
+    ("first", "merge", "words"),
+    [
+        (
+            {"lora": {"rank": 2}},
+            False,
+            "start.arm: .* ends with adapters beside its weights: merge: true",
+        ),
+        ({}, True, "start.merge: arm 'a' ends with no adapters to merge"),
+    ],
+)
+def test_adapters_are_merged_where_there_are_any_and_nowhere_else(first, merge, words):
+    with pytest.raises(ValueError, match=words):
+        load({"a": first, "b": {"start": {"arm": "a", "merge": merge}}}, claims=[])
+
+    assert load({"a": first, "b": {"start": {"arm": "a", "merge": not merge}}}, claims=[]).size() == 4
+
+
 def test_the_pool_of_processes_starts_no_run_before_the_one_it_begins_from_has_ended(tmp_path):
     experiment = runner.load(CHAIN)
     planned = execute.plan(experiment, tmp_path)
@@ -146,13 +174,3 @@ def test_the_pool_of_processes_starts_no_run_before_the_one_it_begins_from_has_e
     assert pool._next(planned[2:3], []) is not None  # what it begins from is not ours to run: the run itself will tell
     pool._children = [child]
     assert pool._next([], [planned[1]]) is planned[1]
-
-
-def test_a_column_may_be_of_a_metric_that_only_some_arms_log(training):
-    arms = {"a": {}, "b": {"evals": {"half": "float16"}}}
-
-    results, _ = run({**CHAIN, "baseline": "", "arms": arms, "metrics": ["eval/loss", "eval_half/loss"], "seeds": [0]})
-
-    assert results.rows[0].cells["eval_half/loss"].mean is None
-    with pytest.raises(ValueError, match="no metric 'eval_hal/loss'; did you mean 'eval_half/loss'"):
-        load(arms, metrics=["eval_hal/loss"], claims=[])
