@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from precision_lab.runner.atomic import read_json, write_json
 from precision_lab.runner.metrics import decode_number, encode_number
+from precision_lab.training import ProbeRun
 
 if TYPE_CHECKING:
     from precision_lab.runner.results import Results, Trial
@@ -76,6 +77,8 @@ def _computed(one: "Trial") -> Inside:
     """Looks into a run and keeps what is found."""
     from precision_lab.training.insides import look_inside as look
 
+    if isinstance(one.config, ProbeRun):
+        return Inside(one.seed, trouble="a probe has no model")
     try:
         found = look(one.config, one.path / "checkpoints")
     except Exception as error:  # A report does without what cannot be computed, and says so.
