@@ -156,8 +156,11 @@ def report(
     out: Out = Path("runs"),
     imports: Import = None,
     to: Annotated[
-        Path | None, typer.Option("--to", metavar="PATH", help="A .html, .md or .csv file, or a folder.")
+        Path | None, typer.Option("--to", metavar="PATH", help="A .html, .md, .csv or .tex file, or a folder.")
     ] = None,
+    inside: Annotated[
+        bool, typer.Option("--inside/--no-inside", help="Look into final checkpoints, for heat map and histograms.")
+    ] = True,
     json: Json = False,
 ) -> None:
     """Judge the claims and write the report again from what has run; runs nothing.
@@ -173,7 +176,7 @@ def report(
     results = runner.read(experiment, out)
     if not any(one.path.exists() for one in results.trials):
         raise ValueError(f"nothing of {experiment.name} has run in {out}; precision-lab run {target} does that.")
-    path = results.report(to)
+    path = results.report(to, look_inside=inside)
     if json:
         show_json(results.to_json())
     else:

@@ -91,6 +91,7 @@ class ExperimentConfig(BaseModel):
     claims: tuple[Claim, ...] = ()
 
     _runs: Runs = PrivateAttr(default_factory=dict)
+    _columns: tuple[str, ...] | None = PrivateAttr(default=None)
     _words: tuple[str, ...] = PrivateAttr(default=())
     _written: Tree = PrivateAttr(default_factory=lambda: Tree(None))
 
@@ -183,11 +184,11 @@ class ExperimentConfig(BaseModel):
     @property
     def columns(self) -> tuple[str, ...]:
         """The metrics that tables show."""
-        if self.metrics:
-            return self.metrics
-        known = self.known_metrics(self.arms)
-        usual = tuple(metric for metric in ("eval/loss", "eval/accuracy") if metric in known)
-        return usual or tuple(sorted(known))
+        if self._columns is None:
+            known = set() if self.metrics else self.known_metrics(self.arms)
+            usual = tuple(metric for metric in ("eval/loss", "eval/accuracy") if metric in known)
+            self._columns = self.metrics or usual or tuple(sorted(known))
+        return self._columns
 
     def locate(self, arm: str, key: str, message: str) -> str:
         """Returns a message with the place where an arm, or else the base, gives a key."""

@@ -135,3 +135,9 @@ def run_count(results: "Results") -> str:
     named = zip(numbers, ("arm", "seed", "run"), strict=True)
     text = ", ".join(f"{number} {name}{'' if number == 1 else 's'}" for number, name in named)
     return f"{text}, {len(unfinished)} of them not finished" if unfinished else text
+
+
+def environment_spread(results: "Results") -> str:
+    """Returns in words that the runs come from several environments and what differs; empty if they do not."""
+    differing = [key for key, values in environments(results).items() if len(values) > 1]
+    return f", from several environments ({', '.join(differing)} differ)" if differing else ""
