@@ -117,7 +117,7 @@ JAX = {
 }
 OPEN_JAX = {
     1: "max diff 0 but at ties, which the last place of XLA's division decides for Qwix; runs where Qwix is installed",
-    24: "one program, of functions; how long it takes, and its steps, beside one width has no row in bench quant",
+    24: "one program, of functions; bench quant has its rows, and the committed result is from before them",
     26: "in the committed result of bench quant; the targets that suppose AMX were not judged, and some are missed",
 }
 
@@ -212,7 +212,7 @@ ARRAYS = {
 OPEN_ARRAYS = {
     19: "we divide, so no reciprocal mode: codes differ from it at ties alone; torchao's where it is installed",
     35: "the law, not the decibels of the notes, whose data are not given: their kind has 17-18 before, 19-20 after",
-    50: "an experiment, not a test",
+    50: "an experiment of three orders, four widths and three seeds, whose model and data the notes do not give",
 }
 
 
