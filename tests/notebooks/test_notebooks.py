@@ -3,12 +3,12 @@ as its script. What it prints is the same everywhere; numbers that depend on the
 
 After a change of a script, from the root:
 
-    jupytext --sync notebooks/01_formats.py
-    PYTHONPATH=$PWD jupyter execute --inplace --NbClientApp.record_timing=False \\
-      --NotebookClient.coalesce_streams=True notebooks/01_formats.ipynb
+    python -m tests.notebooks.test_notebooks notebooks/01_formats.py
 """
 
 import ast
+import os
+import sys
 from pathlib import Path
 
 import jupytext
@@ -18,6 +18,23 @@ from nbclient import NotebookClient
 FOLDER = Path(__file__).parents[2] / "notebooks"
 SCRIPTS = sorted(FOLDER.glob("[0-9]*.py"))
 by_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+
+
+def executed(script):
+    """Returns the notebook of a script as it runs from top to bottom, with the package as it stands here."""
+    root = str(FOLDER.parent)
+    os.environ.update(PYTHONPATH=root, MPLBACKEND="module://matplotlib_inline.backend_inline")
+    notebook = jupytext.read(script)
+    client = NotebookClient(
+        notebook,
+        timeout=120,
+        kernel_name="python3",
+        resources={"metadata": {"path": root}},
+        record_timing=False,
+        coalesce_streams=True,
+    )
+    client.execute()
+    return notebook
 
 
 def outputs(notebook):
@@ -58,12 +75,10 @@ def test_a_notebook_defines_nothing_but_a_model_of_its_readers_own(script):
 
 @by_script
 def test_a_notebook_runs(script, monkeypatch):
-    root = str(FOLDER.parent)
-    monkeypatch.setenv("PYTHONPATH", root)
-    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    for name in ("PYTHONPATH", "MPLBACKEND"):
+        monkeypatch.setenv(name, "")  # restored afterwards
 
-    notebook = jupytext.read(script)
-    NotebookClient(notebook, timeout=60, kernel_name="python3", resources={"metadata": {"path": root}}).execute()
+    notebook = executed(script)
 
     stored = jupytext.read(script.with_suffix(".ipynb"))
     assert not [out for out in outputs(notebook) if out.output_type == "error"]
@@ -77,3 +92,8 @@ def test_a_stored_notebook_is_small_and_keeps_no_clock(script):
 
     assert path.stat().st_size < 500_000
     assert not any("execution" in cell.metadata for cell in jupytext.read(path).cells)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        jupytext.write(executed(Path(name)), Path(name).with_suffix(".ipynb"))
