@@ -40,6 +40,15 @@ def test_every_shipped_experiment_and_all_its_presets_are_valid(path):
     assert {"smoke", "full"} <= set(presets)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.parent.name)
+def test_the_smoke_preset_of_every_experiment_runs_to_its_end(path, tmp_path):
+    results = runner.run(path, presets=["smoke"], out=tmp_path)
+
+    assert {one.state for one in results.trials} <= {"done", "diverged"}
+    assert results.experiment.claims == ()
+
+
 def test_the_page_names_every_key_every_kind_and_every_metric():
     known = names_in_code(PAGE)
     fields = set(ExperimentConfig.written_keys())

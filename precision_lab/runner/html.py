@@ -158,7 +158,7 @@ def _row(
 
 def _cell(cell: "Cell", *, stack: bool, bold: bool) -> str:
     """Returns a mean and a difference, in two cells or one above the other."""
-    mean = escape(cell.mean.text()) if cell.mean else '<b class="missing">✗</b>'
+    mean = escape(cell.text) if cell.mean or not cell.expected else f'<b class="missing">{cell.text}</b>'
     mean = f"<b>{mean}</b>" if bold else mean
     difference = escape(cell.difference.text(signed=True)) if cell.difference else ""
     if stack:

@@ -83,10 +83,17 @@ class Cell:
     Attributes:
       mean: over the finished runs.
       difference: to the baseline, paired by seed; None for the baseline itself.
+      expected: whether the arm logs the metric at all.
     """
 
     mean: Mean | None
     difference: Mean | None
+    expected: bool = True
+
+    @property
+    def text(self) -> str:
+        """The mean with its interval, ✗ where it is missing, nothing where the arm does not log it."""
+        return self.mean.text() if self.mean else "✗" if self.expected else ""
 
 
 @dataclass(frozen=True)
@@ -180,6 +187,8 @@ class Results:
     def _cell(self, arm: str, metric: str) -> Cell:
         """Returns one metric of one arm."""
         own, base = self.finals(arm, metric), self.finals(self.experiment.baseline_arm, metric)
+        if metric not in self.experiment.known_metrics([arm]):
+            return Cell(None, None, expected=False)
         if arm == self.experiment.baseline_arm:
             return Cell(mean_interval(list(own.values())), None)
         paired = [own[seed] - base[seed] for seed in own if seed in base]
