@@ -55,6 +55,8 @@ def apart(policy: Policy) -> Apart:
             continue
         plain[key] = _structure(quantizer)
         params = quantizer_params(quantizer)
+        if quantizer.format.kind == "int":  # Rounding to integers is cheaper than to a format that is traced.
+            params = params._replace(format=None)
         numbers[key] = AsCodes(params) if _multiplied_as_codes(policy, setting, quantizer) else params
     base = {key: plain[key] for key in SETTINGS if key in plain}
     rules = tuple(_without_numbers(rule, plain) for rule in policy.rules)

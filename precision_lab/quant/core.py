@@ -17,7 +17,7 @@ from precision_lab.formats import Codebook, round_to, round_to_codebook
 from precision_lab.quant import calibration, double
 from precision_lab.quant.arithmetic import divide, multiply, ordered_mean, widen
 from precision_lab.quant.numbers import QuantizerParams
-from precision_lab.quant.options import DOUBLE
+from precision_lab.quant.options import DOUBLE, is_integer_grid
 from precision_lab.quant.quantizer import Quantizer
 from precision_lab.quant.scales import (
     SIDED,
@@ -100,6 +100,8 @@ def grid_values(v: jax.Array, zero_point: Any, qz: Quantizer, n: QuantizerParams
         return _random_level(v, qz.format, key) if key is not None else round_to_codebook(v, qz.format)
     if n.format is not None:
         return round_to(v, n.format, rounding=qz.rounding, key=key)
+    if is_integer_grid(qz.format) and isinstance(n.high, jax.Array):  # The ends of the grid say it all.
+        return jnp.clip(round_to(v, WIDE, rounding=qz.rounding, overflow="saturate", key=key), n.low, n.high)
     return round_to(v, qz.code_format, rounding=qz.rounding, overflow="saturate", key=key)
 
 

@@ -15,6 +15,7 @@ from precision_lab.quant.arithmetic import narrow
 from precision_lab.quant.core import Given, products, quantize_parts
 from precision_lab.quant.estimators import with_gradient
 from precision_lab.quant.numbers import QuantizerParams, static_params
+from precision_lab.quant.options import is_integer_grid
 from precision_lab.quant.parsing import quantizer
 from precision_lab.quant.quantizer import Quantizer
 from precision_lab.quant.tiles import Tiles
@@ -62,7 +63,8 @@ def fake_quantize(
     qz = quantizer(qz)
     x, given = checks.checked(x, qz, key, Given(scale, zero_point, offset))
     checks.refuse_nonfinite(x, on_nonfinite)
-    if params is not None and (params.format is None or qz.format.kind not in ("int", "float")):
+    grids = qz.format.kind == "float" and params is not None and params.format is not None
+    if params is not None and not (grids or is_integer_grid(qz.format)):
         raise ValueError(f"params= are for scaled scalar formats, not for {qz!r}; make them with quantizer_params().")
     if qz.format.kind == "block":
         axes = checks.block_axes(x.shape, qz, axis)

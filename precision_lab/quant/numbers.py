@@ -19,7 +19,8 @@ class QuantizerParams(NamedTuple):
     """The numbers of a quantizer, all of which can be traced, stacked and vmapped.
 
     Attributes:
-      format: the format of the codes for `round_to`; None where it cannot be traced (codebooks and blocks).
+      format: the format of the codes for `round_to`; None where it cannot be traced (codebooks and blocks), and where
+        both this quantizer and the one that takes the numbers are of integers, whose ends say it all.
       low: smallest value of the grid, float32.
       high: largest value of the grid, float32.
       clip: factor of the range found, float32.

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from precision_lab.formats import ROUNDINGS
 from precision_lab.quant import fake_quantize, quantizer, quantizer_params, stack_quantizers
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(37, 6)).astype(np.float32))
@@ -84,3 +85,26 @@ def test_what_is_structure_cannot_be_stacked(specs, message):
 def test_params_of_no_use_are_refused():
     with pytest.raises(ValueError, match="params= are for scaled scalar formats"):
         fake_quantize(X, quantizer("nf4"), axis=0, params=quantizer_params("int4"))
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("name", ["int2", "int3", "int4:full", "int8", "int16", "uint2", "uint8"])
+def test_integers_need_no_more_than_the_ends_of_their_grid(name, rounding):
+    """Subnormals, both zeros, infinities and NaN included; the scale is one, so that all of them arrive."""
+    edges = [0.0, -0.0, 0.5, -0.5, np.inf, -np.inf, np.nan, 1e-45, -1e-45, 1e30, -1e30]
+    x = np.concatenate([np.arange(-600, 600) / 4, np.linspace(-1e-38, 1e-38, 500), edges]).astype(np.float32)
+    x = np.abs(x) if name[0] == "u" else x
+    qz = quantizer(f"{name}@tensor,{rounding}")
+    widest = quantizer(f"{'uint16' if name[0] == 'u' else 'int16'}@tensor,{qz.scheme},{rounding}")
+    key = jax.random.key(0) if rounding == "stochastic" else None
+    ends = quantizer_params(qz)._replace(format=None)
+
+    found = jax.jit(lambda p: fake_quantize(x, widest, scale=1.0, key=key, params=p))(ends)
+
+    expected = jax.jit(lambda: fake_quantize(x, qz, scale=1.0, key=key))()
+    np.testing.assert_array_equal(np.asarray(found).view(np.uint32), np.asarray(expected).view(np.uint32))
+
+
+def test_ends_alone_do_not_describe_a_float():
+    with pytest.raises(ValueError, match="params= are for scaled scalar formats"):
+        fake_quantize(X, "e4m3@channel", axis=0, params=quantizer_params("int4@channel")._replace(format=None))

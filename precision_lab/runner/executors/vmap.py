@@ -3,6 +3,10 @@
 Each run is what it is alone (its directory, rows, checkpoints, how it ends), in a thread of its own; see
 `training.lockstep`. Its numbers agree with those of the other executors to rounding only, so the fingerprint names the
 executor. What no other run is like, and what does not fit into memory twice, is executed in turn.
+
+Runs in turn share the program as well. On a CPU, products of a stack are slow, and going at once pays for very small
+models only: 16 steps of an MLP of 32 units took 0.2 of their time in turn, those of a transformer of width 64 over
+twice of it (2 cores).
 """
 
 import queue
