@@ -181,6 +181,24 @@ class ExperimentConfig(BaseModel):
         """The arm that the others are compared with."""
         return self.baseline or next(iter(self.arms))
 
+    def baseline_of(self, arm: str) -> str:
+        """Returns what an arm is compared with: where arms were multiplied, the baseline at the same point of the axes.
+
+        Where the sweep has no such point, or more than one, that is the baseline itself.
+        """
+        own, base = self.points.get(arm, {}), self.points.get(self.baseline_arm, {})
+        if "base" not in own or "base" not in base or own["base"] == base["base"]:
+            return self.baseline_arm
+        there = {key: own.get(key, value) for key, value in base.items() if key != "base"} | {"base": base["base"]}
+        found = [name for name, point in self.points.items() if point == there]
+        return found[0] if len(found) == 1 else self.baseline_arm
+
+    @property
+    def baseline_name(self) -> str:
+        """What tables call the baseline: the given arm where each point of a sweep has its own."""
+        several = len({self.baseline_of(arm) for arm in self.arms}) > 1
+        return str(self.points[self.baseline_arm]["base"]) if several else self.baseline_arm
+
     @property
     def columns(self) -> tuple[str, ...]:
         """The metrics that tables show."""

@@ -119,12 +119,13 @@ def _claim(one: "Verdict") -> str:
 def _table(results: "Results") -> str:
     """Returns the result table."""
     experiment = results.experiment
-    baseline = escape(experiment.baseline_arm)
+    baseline = escape(experiment.baseline_name)
     bits = results.bits if bits_differ(results) else {}
     best = {metric: best_arms(results, metric) for metric in experiment.columns}
     beside = "" if stacked(results) else f'<th class="n">vs {baseline}</th>'
     heads = "".join(f'<th class="n">{breakable(metric)}</th>{beside}' for metric in experiment.columns)
     below = f" Second lines are differences to {baseline}." if stacked(results) else ""
+    below += " Each is compared with the baseline at its own point." if baseline != experiment.baseline_arm else ""
     heads = ('<th class="n">bits</th>' if bits else "") + heads
     shown = plots.shown_arms(results)
     rows = "\n".join(_row(results, row, bits, best, shown) for row in results.rows)
@@ -187,7 +188,8 @@ def _curves(results: "Results") -> str:
     caption = f"Median over seeds; the band reaches from the smallest to the largest.{chosen}"
     timed = plots.curves(results, drawn[-2:], name="clock", over="seconds") if _timed(results) else None
     return figure(plots.curves(results, drawn, name="curves"), caption) + figure(
-        timed, "The same over the time spent in training, compilation included; it says what this machine makes of it."
+        timed,
+        "The same over time in training, of each arm's fastest run; that is about this machine, not about formats.",
     )
 
 

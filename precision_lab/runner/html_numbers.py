@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from precision_lab.runner import number_plots
 from precision_lab.runner.html_parts import changes_code, figure
-from precision_lab.runner.insides import MOST_ARMS, known_insides, worst_site
+from precision_lab.runner.insides import MOST_ARMS, different, known_insides, worst_sites
 from precision_lab.runner.plots import shown_arms
 from precision_lab.runner.ranking import best_arms, bits_differ, pareto
 from precision_lab.runner.summary import command, varied
@@ -38,16 +38,16 @@ def inside(results: "Results") -> str:
     found = known_insides(results, shown_arms(results, MOST_ARMS))
     if not found:
         return ""
-    worst = [f"{arm}: {words}" for arm, one in found.items() if (words := worst_site(one))]
+    worst = [f"{arm}: {words}" for arm, words in worst_sites(found, 3)]
     heat = figure(
         number_plots.heat_map(found),
-        "Signal to noise of each site's product in dB, given float32's operands; first finished seed, final weights. "
+        "Signal to noise of each site's product in dB, given float32's operands; final weights of one seed. "
         f"Worst: {'; '.join(worst)}.",
     )
-    drawn = dict(list(found.items())[:8])
     bars = figure(
-        number_plots.histograms(drawn),
-        "Exponents of all weights, and of all gradients as backpropagation leaves them, at the end of the run. Shaded: "
+        number_plots.histograms(different(found, 8)),
+        "Exponents of all weights, and of all gradients as backpropagation leaves them, at the end of the run; "
+        "of arms that look alike the first. Shaded: "
         "the window of the format they are put in, lighter where it has subnormals only; of scaled formats the window "
         "is placed so that the largest value just fits.",
     )

@@ -1,6 +1,7 @@
 """What runs look like inside, kept in `stats/insides.json` of each run so that it is computed once."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,10 +92,26 @@ def _computed(one: "Trial") -> Inside:
     return _read(one) or Inside(one.seed, trouble="could not be kept")
 
 
-def worst_site(inside: Inside) -> str:
-    """Returns the site with the smallest ratio in words, empty without sites."""
-    finite = [row for row in inside.sites if math.isfinite(row["sqnr_db"])]
-    if not finite:
-        return ""
-    row = min(finite, key=lambda row: row["sqnr_db"])
-    return f"{row['site']} at {row['sqnr_db']:.0f} dB"
+def worst_sites(insides: Mapping[str, Inside], most: int) -> list[tuple[str, str]]:
+    """Returns the arms whose worst site loses most, each with that site in words."""
+    worst = {}
+    for arm, inside in insides.items():
+        finite = [row for row in inside.sites if math.isfinite(row["sqnr_db"])]
+        if finite:
+            worst[arm] = min(finite, key=lambda row: row["sqnr_db"])
+    ranked = sorted(worst.items(), key=lambda item: item[1]["sqnr_db"])[:most]
+    return [(arm, f"{row['site']} at {row['sqnr_db']:.0f} dB") for arm, row in ranked]
+
+
+def different(insides: Mapping[str, Inside], most: int) -> dict[str, Inside]:
+    """Returns the first of arms that look alike: same formats, magnitudes within 8 binades, shares within a tenth."""
+    found: dict[Any, str] = {}
+    for arm, inside in insides.items():
+        found.setdefault(tuple(_looks(one) for one in inside.tensors.values()), arm)
+    return {arm: insides[arm] for arm in list(found.values())[:most]}
+
+
+def _looks(tensor: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Returns what a histogram looks like, roughly."""
+    top = max((int(exponent) for exponent in tensor["binades"]), default=0) // 8
+    return tensor["format"], top, *(round(tensor[share], 1) for share in ("zero", "below", "above"))

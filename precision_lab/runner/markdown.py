@@ -27,7 +27,7 @@ def body(results: "Results") -> str:
         f"**{claimed(results)}**; {run_count(results)}.",
         experiment.notes.strip(),
         result_table(results),
-        f"Mean over seeds ± half of its 95 % interval; differences to `{experiment.baseline_arm}` are paired by seed.",
+        f"Mean over seeds ± half of its 95 % interval; differences to `{experiment.baseline_name}` are paired by seed.",
         verdict_table(results) if results.verdicts else "",
         "## Arms\n\n" + _table(("arm", "differs from the baseline in"), _arms(results)),
         f"## Run it again\n\n```\n{command(results)}\n```",
@@ -42,7 +42,7 @@ def result_table(results: "Results") -> str:
     bits = results.bits if bits_differ(results) else {}
     columns = ["arm", "seeds", *(["bits"] if bits else [])]
     for metric in experiment.columns:
-        columns += [metric, f"vs {experiment.baseline_arm}"]
+        columns += [metric, f"vs {experiment.baseline_name}"]
     best = {metric: best_arms(results, metric) for metric in experiment.columns}
     troubled = any(row.troubles for row in results.rows)
     rows = []

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from precision_lab.runner.drawing import COLOURS, MARKERS, Picture, figure_of, look, plain_log_ticks
-from precision_lab.runner.plots import legend_below, shown_arms
+from precision_lab.runner.plots import legend_below, room, shown_arms
 from precision_lab.runner.ranking import Point, pareto, sense
 
 if TYPE_CHECKING:
@@ -33,8 +33,9 @@ def pareto_picture(results: "Results", metric: str) -> Picture | None:
             )  # fmt: skip
         on = [point for point in points if point.on_frontier]
         panel.plot([point.bits for point in on], [point.mean.mean for point in on], color=COLOURS[0], linewidth=1.2)
-        for x, y, text in labels(on if len(points) > _MOST_LABELS else points):
-            panel.annotate(text, (x, y), (6, 4), textcoords="offset points", fontsize=8)
+        for i, (x, y, text) in enumerate(labels(on if len(points) > _MOST_LABELS else points)):
+            panel.annotate(text, (x, y), (6, -12 if i % 2 else 6), textcoords="offset points", fontsize=8)
+        panel.set_ylim(*room([point.mean.mean for point in points]))
         panel.set_xscale("log", base=2)
         panel.set_xlabel("true bits per parameter, as stored by convert")
         panel.set_ylabel(metric)
@@ -152,6 +153,7 @@ def along_axes(results: "Results", metric: str) -> str | None:
         return None
     with figure_of(1, len(axes), 3.6, f"axes-{metric}") as (figure, panels):
         lines: dict[str, Any] = {}
+        seen: list[float] = []
         for panel, name in zip(panels, axes, strict=True):
             for i, (rest, arms) in enumerate(_lines(results, name).items()):
                 known = [(points[arm][name], mean) for arm in arms if (mean := results.mean(arm, metric))]
@@ -163,9 +165,12 @@ def along_axes(results: "Results", metric: str) -> str | None:
                         marker=MARKERS[i % len(MARKERS)], markersize=4, **look(i),
                     )  # fmt: skip
                     lines.setdefault(rest or metric, drawn)
+                    seen += [mean.mean for _, mean in known]
             _axis_scale(panel, [float(point[name]) for point in points.values() if name in point])
             panel.set_xlabel(name)
             panel.set_ylabel(metric)
+        for panel in panels if seen else ():
+            panel.set_ylim(*room(seen))
         legend_below(figure, lines if len(lines) > 1 else {})
         return Picture(figure, f"{metric} along {', '.join(axes)}").svg
 

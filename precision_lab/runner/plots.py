@@ -113,9 +113,8 @@ def _curve_panel(panel: "Axes", results: "Results", metric: str, over: str) -> N
 
 
 def _seconds(runs: Sequence["Trial"], step: int) -> float:
-    """Returns when a step was reached, the median over runs; NaN where no clock says."""
-    known = [one.seconds[step] for one in runs if step in one.seconds]
-    return float(np.median(known)) if known else math.nan
+    """Returns when the fastest run, which needed to compile least, reached a step; NaN where no clock says."""
+    return min((one.seconds[step] for one in runs if step in one.seconds), default=math.nan)
 
 
 def _scale_axis(panel: "Axes", metric: str, values: Sequence[float]) -> None:
@@ -184,3 +183,13 @@ def _final_panel(panel: "Axes", results: "Results", metric: str, arms: Sequence[
     if "loss" in metric and seen and min(seen) > 0 and max(seen) > 8 * min(seen):
         panel.set_xscale("log")
         plain_log_ticks(panel.xaxis)
+        panel.set_xlim(min(seen) / 1.5, max(seen) * 1.5)
+    elif seen:
+        panel.set_xlim(*room(seen))
+
+
+def room(values: Sequence[float]) -> tuple[float, float]:
+    """Returns the ends of an axis that shows all values; an interval over few seeds may be wider, and is cut off."""
+    low, high = min(values), max(values)
+    edge = 0.3 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - edge, high + edge

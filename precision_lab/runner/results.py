@@ -186,9 +186,9 @@ class Results:
 
     def _cell(self, arm: str, metric: str) -> Cell:
         """Returns one metric of one arm."""
-        own, base = self.finals(arm, metric), self.finals(self.experiment.baseline_arm, metric)
         if metric not in self.experiment.known_metrics([arm]):
             return Cell(None, None, expected=False)
+        own, base = self.finals(arm, metric), self.finals(self.experiment.baseline_of(arm), metric)
         if arm == self.experiment.baseline_arm:
             return Cell(mean_interval(list(own.values())), None)
         paired = [own[seed] - base[seed] for seed in own if seed in base]
@@ -235,7 +235,7 @@ class Results:
             "experiment": self.experiment.name,
             "id": self.experiment.id,
             "folder": str(self.folder),
-            "baseline": self.experiment.baseline_arm,
+            "baseline": self.experiment.baseline_name,
             "arms": [_row_json(row) for row in self.rows],
             "runs": runs,
             "verdicts": [verdict.to_dict() for verdict in self.verdicts],

@@ -47,7 +47,7 @@ def stacked(results: "Results") -> bool:
 
 def result_table(results: "Results") -> TextTable:
     """Returns one row per arm: seeds, and for each metric mean ± 95 % interval and the paired difference to it."""
-    baseline = results.experiment.baseline_arm
+    baseline = results.experiment.baseline_name
     columns = ["arm", ">seeds"]
     for metric in results.experiment.columns:
         columns += [f">{metric}"] if stacked(results) else [f">{metric}", f">vs {baseline}"]
@@ -77,6 +77,6 @@ def print_results(results: "Results", console: Console) -> None:
     for verdict, line in zip(results.verdicts, verdict_lines(results), strict=True):
         console.print(Text(line, style=STYLES[verdict.verdict]), soft_wrap=True)
     note = "± is half of a 95 % interval over seeds; differences are paired by seed"
-    note += f", and stand below: to {results.experiment.baseline_arm}." if stacked(results) else "."
+    note += f", and stand below: to {results.experiment.baseline_name}." if stacked(results) else "."
     if any(row.finished > 1 for row in results.rows):
         console.print(Text(note, style="dim"))

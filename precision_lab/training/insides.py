@@ -11,14 +11,14 @@ from flax import nnx
 
 from precision_lab import data, models
 from precision_lab.formats import BlockFormat, Codebook, Format
-from precision_lab.nn import apply_policy
+from precision_lab.models import DataSpec
 from precision_lab.optim import scale_loss
 from precision_lab.policy import Policy
 from precision_lab.telemetry import compare
 from precision_lab.telemetry.reading import window
 from precision_lab.training.checkpointing import Checkpoints
 from precision_lab.training.config import RunConfig
-from precision_lab.training.program import cross_entropy, program_for
+from precision_lab.training.program import cross_entropy, model_under, program_for
 from precision_lab.training.state import TrainState
 
 _EXAMPLES = 64
@@ -45,39 +45,38 @@ def look_inside(config: RunConfig, checkpoint_dir: Path) -> dict[str, Any] | Non
     if restored is None:
         return None
     state, policy = restored.state, Policy.parse(config.policy)
-    plain = nnx.split(models.build(config.model, dataset.spec, 0))[0]
-    model = nnx.merge(plain, state.params, state.model_state)
-    model.eval()
     batch = dataset.eval.take(np.arange(min(_EXAMPLES, len(dataset.eval))))
     tensors = {
         "weights": _described(state.params, _format_of(policy, "weight")),
-        "gradients": _described(_gradients(config, model, policy, state, batch), _format_of(policy, "gradient")),
+        "gradients": _described(_gradients(config, dataset.spec, state, batch), _format_of(policy, "gradient")),
     }
-    return {"step": int(state.step), "sites": _sites(model, policy, batch["inputs"]), "tensors": tensors}
+    return {"step": int(state.step), "sites": _sites(config, dataset.spec, state, batch["inputs"]), "tensors": tensors}
 
 
-def _sites(model: nnx.Module, policy: Policy, inputs: Any) -> list[dict[str, Any]]:
-    """Returns the errors of each site against float32, local and cumulative, in dB."""
-    if str(policy) == str(Policy.parse("float32")):
+def _sites(config: RunConfig, spec: DataSpec, state: TrainState, inputs: Any) -> list[dict[str, Any]]:
+    """Returns the errors of each site against float32, local and cumulative, in dB; none of a model with adapters."""
+    policy = Policy.parse(config.policy)
+    if policy == Policy.parse("float32") or config.lora is not None:
         return []
-    rows = compare(model, ["float32", policy], inputs).rows
+    model = nnx.merge(nnx.split(models.build(config.model, spec, 0))[0], state.params, state.model_state)
+    model.eval()
     return [
         {"site": row.site, "sqnr_db": row.local.sqnr_db, "cumulative_db": row.cumulative.sqnr_db}
-        for row in rows
+        for row in compare(model, ["float32", policy], inputs).rows
         if row.local is not None
     ]
 
 
-def _gradients(config: RunConfig, model: nnx.Module, policy: Policy, state: TrainState, batch: Any) -> Any:
-    """Returns the gradients of the scaled loss on a batch."""
-    graph, params, rest = nnx.split(apply_policy(model, policy), nnx.Param, ...)
+def _gradients(config: RunConfig, spec: DataSpec, state: TrainState, batch: Any) -> Any:
+    """Returns the gradients of the scaled loss on a batch, of what the run trains."""
+    graph = model_under(config, spec, Policy.parse(config.policy)).eval
 
     def loss(params: Any) -> jax.Array:
-        logits = nnx.merge(graph, params, rest)(batch["inputs"])  # type: ignore[operator]
+        logits = nnx.merge(graph, params, state.model_state)(batch["inputs"])  # type: ignore[operator]
         found = jnp.mean(cross_entropy(logits, batch["targets"])) * 2.0**-config.train.loss_shift
         return scale_loss(found, state.opt_state)
 
-    return jax.jit(jax.grad(loss))(params)
+    return jax.jit(jax.grad(loss))(state.params)
 
 
 def _format_of(policy: Policy, key: str) -> tuple[Any, bool]:

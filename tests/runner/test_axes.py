@@ -82,6 +82,19 @@ def test_given_arms_multiply_too_and_claims_about_them_are_judged_everywhere():
     assert found.baseline_arm == "float16,lr=0.1"
 
 
+def test_arms_are_compared_with_the_baseline_at_the_same_point():
+    both = runner.load({**EXPERIMENT, "sweep": {"optim.lr": [0.1, 0.2], "data.batch": [8, 16]}})
+    some = runner.load({**EXPERIMENT, "sweep": {"lr": {"axis": {"optim.lr": [0.1, 0.2]}, "arms": ["float16"]}}})
+    alone = runner.load({**PLAIN, "sweep": {"optim.lr": [0.1, 0.2]}})
+
+    assert both.baseline_of("float16,lr=0.2,batch=8") == "float32,lr=0.2,batch=8"
+    assert both.baseline_of("float32,lr=0.2,batch=8") == "float32,lr=0.1,batch=8"
+    assert both.baseline_name == "float32"
+    assert {some.baseline_of(arm) for arm in some.arms} == {"float32"}
+    assert (alone.baseline_of("lr=0.2"), alone.baseline_name) == ("lr=0.1", "lr=0.1")
+    assert runner.load(EXPERIMENT).baseline_of("float16") == "float32"
+
+
 def test_an_axis_may_leave_some_arms_alone():
     sweep = {"lr": {"axis": {"optim.lr": [0.1, 0.2]}, "arms": ["float16"]}}
 

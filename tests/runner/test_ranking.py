@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from precision_lab import runner
 from precision_lab.runner import latex, markdown
 from precision_lab.runner.clock import StepClock, read_clock
-from precision_lab.runner.insides import FILE
+from precision_lab.runner.insides import FILE, Inside, different
 from precision_lab.runner.ranking import best_arms, frontier, pareto, sense
 from tests.runner.fakes import EXPERIMENT, FakeTraining, install
 from tests.runner.test_report import Page, html_of, interval, last_values
@@ -72,6 +72,31 @@ def test_the_best_arm_has_the_best_mean_of_the_logs(undrawn):
         means = {arm: interval(last_values(results, arm, metric))[0] for arm in STORED}
         assert best_arms(results, metric) == {arm for arm, mean in means.items() if mean == best(means.values())}
     assert best_arms(results, "train/loss_scale") == set()
+
+
+def test_differences_in_a_sweep_are_to_the_baseline_at_the_same_point(undrawn):
+    results = run(sweep={"train.steps": [5, 10]}, claims=[])
+
+    for arm in ("float16", "bfloat16"):
+        for steps in (5, 10):
+            row = next(row for row in results.rows if row.arm == f"{arm},steps={steps}")
+            own = last_values(results, row.arm, "eval/loss")
+            base = last_values(results, f"float32,steps={steps}", "eval/loss")
+            expected = interval([a - b for a, b in zip(own, base, strict=True)])
+            assert row.cells["eval/loss"].difference.mean == pytest.approx(expected[0], rel=1e-9)
+    assert "vs float32 " in str(results.table())
+
+
+def test_histograms_that_look_alike_are_drawn_once():
+    def inside(fmt, zero, top):
+        tensor = {"format": fmt, "zero": zero, "below": 0.0, "above": 0.0, "binades": {str(top): 3}}
+        return Inside(0, 1, [], {"gradients": tensor})
+
+    found = {"a": inside("float16", 0.1, -3), "b": inside("float16", 0.12, -4), "c": inside("float16", 1.0, -3),
+             "d": inside("int4", 0.1, -3), "e": inside("float16", 0.1, -30)}  # fmt: skip
+
+    assert list(different(found, 8)) == ["a", "c", "d", "e"]
+    assert list(different(found, 2)) == ["a", "c"]
 
 
 def test_an_arm_with_a_failed_run_is_not_best(undrawn):

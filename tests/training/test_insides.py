@@ -96,3 +96,24 @@ def test_the_window_of_a_scaled_format_ends_where_the_weights_do(policy):
     assert lowest <= normal <= top == 1  # 2 <= 2.5 < 4
     assert found["above"] == 0
     assert found["below"] == np.mean(abs(values) < 2.0**lowest)
+
+
+def test_adapters_beside_frozen_weights_can_be_looked_into(tmp_path):
+    config = RunConfig.model_validate(
+        {
+            "model": {"kind": "mlp", "hidden": [8]},
+            "data": {"kind": "digits", "batch": 32},
+            "optim": {"kind": "sgd", "lr": 0.01},
+            "policy": "weight=int8@channel",
+            "lora": {"rank": 2},
+            "train": {"steps": 1},
+        }
+    )
+    train(config, checkpoint_dir=tmp_path, sink=Silent())
+
+    found = look_inside(config, tmp_path)
+
+    adapters = 2 * (64 + 8) + 2 * (8 + 10)
+    gradients = found["tensors"]["gradients"]
+    assert sum(gradients["binades"].values()) + gradients["zero"] * adapters == adapters
+    assert found["sites"] == []
