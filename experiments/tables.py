@@ -5,6 +5,7 @@ would write.
 """
 
 import ast
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -124,8 +125,68 @@ def _cost(path: Path) -> str:
     return found[1] if found else ""
 
 
+def speed() -> str:
+    """Returns headline ratios of the committed benchmarks, peers' beside ours."""
+    files = {name: _rows(name) for name in ("formats", "mixed", "quant")}
+    rows = []
+    for words, name, model, ours, peers in _HEADLINES:
+        found = files[name]
+        others = ", ".join(f"{_short_name(peer)} {found[peer, model]:.2f}" for peer in peers)
+        rows.append((words, f"{found[ours, model]:.2f}", others))
+    sweep = next(row for row in _results("sweep")["rows"] if row["row"] == "sweep")
+    share = sum(sweep["ours_wall_s"]) / sum(sweep["qwix_wall_s"])
+    rows.append(("32 quantized runs of a small transformer, against Qwix arm by arm", f"{share:.2f}", "Qwix 1"))
+    machine = _results("quant")
+    units = ", ".join(machine["bfloat16_units"]) or "none"
+    note = f"On {machine['device']}, {machine['cores']} cores; units for bfloat16: {units}."
+    return f"{table(('what, as a ratio (lower is better)', 'precision_lab', 'peers'), rows)}\n\n{note}"
+
+
+_HEADLINES = [
+    ("rounding float32 to E4M3FN, against one copy", "formats", "", "round_to e4m3fn",
+     ("gfloat e5m2, jit", "pychop e5m2, JAX", "torch float8_e4m3fn and back")),
+    ("MXFP8 there and back, against one copy", "formats", "", "mxfp8", ("torchao mxfp8",)),
+    ("bfloat16 training step, transformer, against float32", "mixed", "transformer", "policy bfloat16_mixed",
+     ("jmp bfloat16", "Flax dtype=bfloat16")),
+    ("W8A8 training step, transformer, against float32", "quant", "transformer", "W8A8 native",
+     ("Qwix W8A8", "AQT W8A8")),
+    ("W8A8 training step, MLP, against float32", "quant", "mlp", "W8A8 native", ("Qwix W8A8", "AQT W8A8")),
+    ("W4A8 training step, transformer, against float32", "quant", "transformer", "W4A8 native", ("Qwix W4A8",)),
+    ("int8 inference, transformer, against float32", "quant", "transformer", "inference int8 dynamic",
+     ("Qwix inference int8 dynamic",)),
+    ("int4 weights at inference, transformer, against float32", "quant", "transformer", "inference int4 weights",
+     ("Qwix inference int4 weights",)),
+]  # fmt: skip
+"""In words; benchmark, model and row of ours; rows of peers."""
+
+
+def _results(name: str) -> dict[str, Any]:
+    """Returns the committed results of a benchmark."""
+    [path] = (ROOT / "experiments" / "benchmarks" / "results").glob(f"{name}-*.json")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _rows(name: str) -> dict[tuple[str, str], float]:
+    """Returns the first ratio of each row of a benchmark, which is to a copy or to float32, by its name and model."""
+    found: dict[tuple[str, str], float] = {}
+    for row in _results(name)["rows"]:
+        found.setdefault((row["name"], row.get("model", "")), row["ratio"])
+    return found
+
+
+def _short_name(peer: str) -> str:
+    """Returns a peer's name without what the row says already."""
+    return peer.partition(" inference")[0].partition(" W")[0].partition(",")[0].removesuffix(" and back")
+
+
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"formats": formats, "presets": presets, "methods": methods, "experiments": experiments},
+    "README.md": {
+        "formats": formats,
+        "presets": presets,
+        "methods": methods,
+        "experiments": experiments,
+        "speed": speed,
+    },
     "experiments/README.md": {"experiments": experiment_list},
 }
 
