@@ -44,7 +44,7 @@ def _most(group: Sequence[Planned], context: Context) -> int:
     from precision_lab.training.sweep import room_for
 
     config, wanted = group[0].config, min(len(group), context.jobs or len(group))
-    if not isinstance(config, RunConfig):
+    if not isinstance(config, RunConfig) or not config.mesh.is_one_device:
         return 1
     room = room_for(config)
     if room < wanted:
@@ -81,7 +81,10 @@ def _execute(one: Planned, context: Context, telling: threading.Lock) -> None:
     """Executes one run in its lane."""
     one.run.prepare(one.config)
     progress = _OfRun(context.progress, one.run.id, telling)
-    execute_trial(one.run, env=context.env, progress=progress, label=one.label, say=context.say, stop=context.stop)
+    execute_trial(
+        one.run, env=context.env, progress=progress, label=one.label, say=context.say, stop=context.stop,
+        trackers=context.trackers,
+    )  # fmt: skip
 
 
 def _next(ended: Any, context: Context) -> tuple[Planned, BaseException | None]:
