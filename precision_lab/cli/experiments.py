@@ -62,6 +62,9 @@ def run(
     executor: Executor = "serial",
     jobs: Jobs = None,
     tracker: Tracker = "",
+    distributed: Annotated[
+        bool, typer.Option("--distributed", help="Several processes, each with this command, train each run together.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count, as check does; runs nothing.")] = False,
     json: Json = False,
 ) -> None:
@@ -78,7 +81,13 @@ def run(
         return
     try:
         results = runner.run(
-            experiment, out=out, executor=executor, jobs=jobs, tracker=[*filter(None, tracker.split(","))], say=say
+            experiment,
+            out=out,
+            executor=executor,
+            jobs=jobs,
+            tracker=[*filter(None, tracker.split(","))],
+            distributed=distributed,
+            say=say,
         )
     except runner.Preempted:
         say("preempted. What was going on is saved; the same command continues.")

@@ -15,14 +15,16 @@ from precision_lab.runner import executors
 from precision_lab.runner.atomic import write_json, write_text
 from precision_lab.runner.config import ExperimentConfig
 from precision_lab.runner.disk import DiskFullError, disk_full, is_disk_full
+from precision_lab.runner.distributed import follow, initialize
 from precision_lab.runner.environment import differences, fingerprint, registered_code
 from precision_lab.runner.identity import run_id
 from precision_lab.runner.loading import Source, load
 from precision_lab.runner.results import Results, read
 from precision_lab.runner.rundir import FINISHED, TRIALS, run_dir
 from precision_lab.runner.starts import ancestry
-from precision_lab.runner.stopping import stop_on_signals
+from precision_lab.runner.stopping import Preempted, stop_on_signals
 from precision_lab.runner.store import ARMS
+from precision_lab.runner.together import announce, leads
 from precision_lab.runner.trackers import refuse_unknown
 from precision_lab.runner.trial import Planned
 from precision_lab.runner.yaml12 import dump
@@ -86,6 +88,7 @@ def run(
     executor: str = "serial",
     jobs: int | None = None,
     tracker: Sequence[str] = (),
+    distributed: bool = False,
     say: Callable[[str], None] = print,
 ) -> Results:
     """Runs what of an experiment has not been run yet, writes its report, and returns the results.
@@ -98,6 +101,7 @@ def run(
       executor: who runs them, perhaps with options, see `precision_lab.runner.executors`.
       jobs: how many at once, for executors that can.
       tracker: names of what shows the metrics besides the record, instead of the experiment's `tracker`.
+      distributed: whether several processes make this call and train each run together, see `runner.distributed`.
       say: receives one-line messages.
 
     Raises:
@@ -109,16 +113,26 @@ def run(
     experiment = load(source, presets=presets, settings=settings, axes=axes, arms=arms, seeds=seeds, imports=imports)
     trackers = tracker or experiment.tracker
     refuse_unknown(trackers)
+    initialize(distributed, executor)
     planned = check(experiment, out)
+    if not leads():
+        follow(planned)
+        results = read(experiment, out)
+        if any(one.state == "preempted" for one in results.trials):
+            raise Preempted
+        return results
     env = {**fingerprint(), **executors.FINGERPRINTS.get(executor, {})}
     pending = [one for one in planned if one.run.status()["state"] not in FINISHED]
     for line in _reused(planned, pending, env):
         say(line)
-    with _room_in(Path(out), say):
-        _save_experiment(experiment, Path(out))
-        if pending:
-            given = {"env": env, "jobs": jobs, "options": options, "say": say, "trackers": tuple(trackers)}
-            _execute(pending, chosen, given)
+    try:
+        with _room_in(Path(out), say):
+            _save_experiment(experiment, Path(out))
+            if pending:
+                given = {"env": env, "jobs": jobs, "options": options, "say": say, "trackers": tuple(trackers)}
+                _execute(pending, chosen, given)
+    finally:
+        announce("")
     results = read(experiment, out)
     with _room_in(Path(out), lambda why: say(f"the report was not written: {why}")):
         results.report()

@@ -21,6 +21,7 @@ from precision_lab.runner.parents import await_parent, start_from
 from precision_lab.runner.rundir import FINISHED, RunDir
 from precision_lab.runner.stopping import Preempted, Stop
 from precision_lab.runner.summary import flat
+from precision_lab.runner.together import agreed, announce
 from precision_lab.runner.trackers import Tracked, TrackedSink
 from precision_lab.training import AnyRun
 
@@ -134,10 +135,12 @@ class _Attempt:
 
         started, run = time.monotonic(), self.run
         run.checkpoints.mkdir(exist_ok=True)
+        begin = start_from(run, self.config)
+        announce(run.id)
         with run.beating(), _logging_to(run.log(self.number)), self._sink() as sink:
             result = training.train(
                 self.config, checkpoint_dir=run.checkpoints, sink=sink, on_step=self.progress.step,
-                should_stop=self.stop, **start_from(run, self.config),
+                should_stop=agreed(self.stop), **begin,
             )  # fmt: skip
             state = self.stop.state if result.status == "stopped" else result.status
             sink.end(state, result.metrics)

@@ -66,7 +66,8 @@ class Checkpoints:
         """Returns a checkpoint, or None if there is none at all.
 
         Args:
-          shapes: the state as ShapeDtypeStructs.
+          shapes: the state as ShapeDtypeStructs, on the devices that their shardings name whatever it was saved on;
+            without shardings on the default device.
           step: which one; the latest if None.
 
         Raises:
@@ -80,7 +81,7 @@ class Checkpoints:
             raise ValueError(f"no checkpoint of step {step} in '{self._folder}', only of {steps}.")
         record = self._record(step)
         self._require_same_config(record["config"])
-        placed = ocp.args.StandardRestore(_on_one_device(shapes))
+        placed = ocp.args.StandardRestore(_in_place(shapes))
         state = self._manager.restore(step, args=ocp.args.Composite(state=placed))["state"]
         metrics = {name: float(value) for name, value in record["metrics"].items()}
         return Restored(state, metrics, int(record["bad_step"]))
@@ -160,24 +161,30 @@ def _not_semantic(config: BaseModel) -> dict[str, Any]:
     for name, field in type(config).model_fields.items():
         value, marks = getattr(config, name), field.json_schema_extra
         marks = marks if isinstance(marks, dict) else {}
-        if not marks.get("semantic", True) or ("legacy" in marks and _normal(value) == marks["legacy"]):
+        if not marks.get("semantic", True) or ("legacy" in marks and _is(value, marks["legacy"])):
             found[name] = True
         elif isinstance(value, BaseModel) and (inner := _not_semantic(value)):
             found[name] = inner
     return found
 
 
+def _is(value: Any, legacy: Any) -> bool:
+    """Returns whether the value of a field is the one that it is marked with, as JSON."""
+    plain = value.model_dump(mode="json", exclude=_not_semantic(value)) if isinstance(value, BaseModel) else value
+    return _normal(plain) == _normal(legacy)
+
+
 def _normal(value: Any) -> Any:
     """Returns a JSON value with tuples as lists."""
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _normal(item) for key, item in value.items()}
     return [_normal(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _on_one_device(shapes: TrainState) -> TrainState:
-    """Returns `shapes` placed on the default device."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+def _in_place(shapes: TrainState) -> TrainState:
+    """Returns `shapes`, those without a place on the default device."""
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or one), shapes)
 
 
 @contextmanager

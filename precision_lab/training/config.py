@@ -36,6 +36,7 @@ from precision_lab.models.fields import (
 from precision_lab.models.registry import Registry
 from precision_lab.policy import Policy
 from precision_lab.quant import Quantizer, quantizer
+from precision_lab.training.mesh import MeshConfig
 from precision_lab.training.start import LoRAConfig, NamedPolicies, Policies, StartConfig, canonical_policy
 from precision_lab.training.transforms import AnyTransform
 
@@ -259,6 +260,7 @@ class RunConfig(FrozenConfig):
         run with quantized weights may have `shadow: float32`, a float32 run `int4: "weight=int4@channel"`.
       transforms: what is done to the parameters that it begins with, in this order.
       lora: trains adapters beside the weights instead of the parameters; None trains the parameters.
+      mesh: the devices that train it, one by default; how sums are divided may move the last bits of its numbers.
     """
 
     model: AnyModel
@@ -278,6 +280,7 @@ class RunConfig(FrozenConfig):
         tuple[AnyTransform, ...], BeforeValidator(tuple_of_list), Field(json_schema_extra={"legacy": []})
     ] = ()
     lora: Annotated[LoRAConfig | None, Field(json_schema_extra={"legacy": None})] = None
+    mesh: Annotated[MeshConfig, Field(json_schema_extra={"legacy": {"data": 1, "fsdp": 1, "tensor": 1}})] = MeshConfig()
 
     @field_validator("policy", mode="before")
     @classmethod

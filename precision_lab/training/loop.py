@@ -22,6 +22,7 @@ from precision_lab.training.config import RunConfig
 from precision_lab.training.evaluation import check_evaluations, evaluate, under_other_policies, weight_errors
 from precision_lab.training.lockstep import alone, in_lane
 from precision_lab.training.numbers import hyper
+from precision_lab.training.placement import Placement, check_placement
 from precision_lab.training.program import Program, check_program, program_for
 from precision_lab.training.state import NEVER, TrainState, all_finite
 
@@ -66,6 +67,7 @@ def check(config: RunConfig) -> None:
     """
     dataset = _dataset(config.data)  # pyright: ignore[reportArgumentType] (frozen: hashable)
     data.batches(dataset, config.data, config.seed)
+    check_placement(config)
     program = program_for(config, dataset.spec)
     check_program(program, config)
     check_beginning(program, config)
@@ -104,13 +106,15 @@ def train(
       DataError: a data file is missing or wrong.
     """
     dataset = _dataset(config.data)  # pyright: ignore[reportArgumentType] (frozen: hashable)
-    program = in_lane(program_for(config, dataset.spec))
+    placement = Placement(config)
+    whole = program_for(config, dataset.spec)
+    program = in_lane(placement.program(whole))
     batches = data.batches(dataset, config.data, config.seed)
     with Checkpoints(checkpoint_dir, config) as checkpoints:
         restored = checkpoints.restore(program.state_shapes)
-        begun = beginning(config, program, dataset.spec, start_from) if restored is None else None
-        state, metrics, bad_step = restored or (begun.state, {}, NEVER)  # pyright: ignore[reportOptionalMemberAccess]
-        run = _Run(config, program, dataset, sink, checkpoints, metrics, bad_step)
+        begun = beginning(config, whole, dataset.spec, start_from) if restored is None else None
+        state, metrics, bad_step = restored or (placement.place(begun.state), {}, NEVER)  # pyright: ignore
+        run = _Run(config, program, placement, dataset, sink, checkpoints, metrics, bad_step)
         result = run.go(
             state,
             batches,
@@ -128,6 +132,7 @@ class _Run:
         self,
         config: RunConfig,
         program: Program,
+        placement: Placement,
         dataset: Dataset,
         sink: MetricSink,
         checkpoints: Checkpoints,
@@ -136,7 +141,12 @@ class _Run:
     ) -> None:
         self._config = config
         self._program = program
-        self._others = under_other_policies(program, config, dataset.spec)
+        self._placement = placement
+        others = under_other_policies(program, config, dataset.spec)
+        self._others = {
+            name: one._replace(evaluate=placement.evaluator(one.evaluate, one.state_shapes))
+            for name, one in others.items()
+        }
         self._weights = weight_errors(config, dataset.spec)
         self._dataset = dataset
         self._sink = sink
@@ -225,7 +235,8 @@ class _Run:
     def _eval_batch(self) -> int:
         """Returns how many examples to evaluate at once: of text no more than training does, its logits are large."""
         batch = self._config.data.batch
-        return batch if self._dataset.spec.task == "language_model" else max(batch, _EVAL_BATCH)
+        most = batch if self._dataset.spec.task == "language_model" else max(batch, _EVAL_BATCH)
+        return self._placement.rows(most)
 
     def _write(self, done: int, split: str, values: Mapping[str, float]) -> None:
         self._sink.write({"step": done, "split": split, **values})

@@ -44,7 +44,7 @@ def _most(group: Sequence[Planned], context: Context) -> int:
     from precision_lab.training.sweep import room_for
 
     config, wanted = group[0].config, min(len(group), context.jobs or len(group))
-    if not isinstance(config, RunConfig):
+    if not isinstance(config, RunConfig) or not config.mesh.is_one_device:
         return 1
     room = room_for(config)
     if room < wanted:
