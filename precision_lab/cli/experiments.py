@@ -185,7 +185,8 @@ def report(
     results = runner.read(experiment, out)
     if not any(one.path.exists() for one in results.trials):
         raise ValueError(f"nothing of {experiment.name} has run in {out}; precision-lab run {target} does that.")
-    path = results.report(to, look_inside=inside)
+    drawn = to is None or to.suffix in ("", ".html")  # Tables alone show nothing of what is inside.
+    path = results.report(to, look_inside=inside and drawn)
     if json:
         show_json(results.to_json())
     else:

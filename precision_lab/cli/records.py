@@ -97,7 +97,8 @@ def collect(
     if yes:
         typer.echo(f"freed {bytes_text(freed)}.")
     else:
-        typer.echo(f"{len(old)} runs, {bytes_text(total)} to free; nothing was deleted. --yes deletes.")
+        runs = "1 run" if len(old) == 1 else f"{len(old)} runs"
+        typer.echo(f"{runs}, {bytes_text(total)} to free; nothing was deleted. --yes deletes.")
 
 
 def resume(

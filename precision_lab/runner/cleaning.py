@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from precision_lab.runner.rundir import FINISHED, all_runs
+from precision_lab.runner.rundir import all_runs
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,12 @@ class Old:
 def old_checkpoints(out: Path, keep_last: int = 1) -> list[Old]:
     """Returns the checkpoints of finished runs without the latest `keep_last` of each.
 
-    A run that may still go on, and whatever is no checkpoint, is left alone.
+    A run that may still go on, one that diverged (its last finite checkpoint shows why), and whatever is no checkpoint
+    is left alone.
     """
     found = []
     for run in all_runs(out):
-        if run.status()["state"] not in FINISHED or run.is_busy():
+        if run.status()["state"] != "done" or run.is_busy():
             continue
         steps = sorted((path for path in run.checkpoints.glob("*") if path.name.isdecimal()), key=lambda p: int(p.name))
         drop = tuple(steps[: max(len(steps) - keep_last, 0)])

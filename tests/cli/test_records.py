@@ -124,8 +124,26 @@ def test_export_writes_one_run_where_it_is_told(cli, tmp_path):
     assert cli("export", run, "--to", "xlsx")[0] == 2
 
 
+def test_a_torn_record_with_numbers_that_are_not_finite_can_be_read_by_everything(cli, training, tmp_path):
+    training.last_loss = {"float16": float("nan"), "bfloat16": float("inf")}
+    cli("run", "toy.yaml", "--smoke")
+    for record in (tmp_path / "runs" / "trials").glob("*/metrics.jsonl"):
+        record.write_text(record.read_text() + '{"step": 11, "spl')
+    ids = {row["policy"]: row["run_id"] for row in json.loads(cli("ls", "--json")[1])}
+
+    assert "eval/loss nan" in cli("show", ids["float16_mixed"])[1]
+    assert "eval/loss inf" in cli("show", ids["bfloat16_mixed"])[1]
+    assert cli("report", "toy.yaml", "--smoke")[0] == 0
+    asked = json.loads(cli("query", "select arm, loss from metrics join arms using (run_id) where step = 10 "
+                           "and metrics.split = 'eval'", "--json")[1])  # fmt: skip
+    assert {row["arm"]: row["loss"] for row in asked}["float16"] == "nan"
+    assert {row["arm"]: row["loss"] for row in asked}["bfloat16"] == "inf"
+    assert "nan" in cli("ls")[1]
+    assert "eval/loss: " in cli("diff", ids["float32"], ids["float16_mixed"])[1]
+
+
 def test_gc_shows_first_and_deletes_only_old_checkpoints_of_finished_runs(cli, tmp_path, training):
-    training.failures = {"float16": RuntimeError("boom")}
+    training.failures, training.diverging = {"float16": RuntimeError("boom")}, {"bfloat16"}
     cli("run", "toy.yaml", "--smoke")
     for folder in (tmp_path / "runs" / "trials").iterdir():
         for step in (4, 8, 10):
@@ -137,10 +155,10 @@ def test_gc_shows_first_and_deletes_only_old_checkpoints_of_finished_runs(cli, t
     untouched = {path: path.read_bytes() for path in left if path.exists() and path.name != "index.sqlite"}
     data = json.loads(cli("gc", "--yes", "--json")[1])
 
-    assert "2 runs, 4 kB to free; nothing was deleted" in shown
+    assert "1 run, 2 kB to free; nothing was deleted" in shown
     assert untouched == {path: content for path, content in left.items() if path.name != "index.sqlite"}
-    assert (data["bytes"], data["freed_bytes"]) == (4000, 4000)
+    assert (data["bytes"], data["freed_bytes"]) == (2000, 2000)
     for folder in (tmp_path / "runs" / "trials").iterdir():
-        kept = ["10", "4", "8"] if "-float16_mixed-" in folder.name else ["10"]
+        kept = ["10"] if "-float32-" in folder.name else ["10", "4", "8"]
         assert [name for name in files(folder / "checkpoints") if name.isdecimal()] == kept
     assert "0 runs, 0 B to free" in cli("gc")[1]

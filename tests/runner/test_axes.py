@@ -133,6 +133,19 @@ def test_one_more_value_only_adds_runs(config):
     assert more.size() == few.size() + 4 * 2
 
 
+def test_a_finished_sweep_runs_nothing_and_one_more_value_or_seed_only_what_is_new(training):
+    def run(lrs, seeds):
+        training.trained.clear()
+        sweep = {"optim.lr": lrs}
+        runner.run({**EXPERIMENT, "sweep": sweep, "seeds": seeds, "claims": []}, say=lambda line: None)
+        return len(training.trained)
+
+    assert run([0.1, 0.2], [0, 1]) == 3 * 2 * 2
+    assert run([0.1, 0.2], [0, 1]) == 0
+    assert run([0.1, 0.2, 0.3], [0, 1]) == 3 * 2
+    assert run([0.1, 0.2, 0.3], [0, 1, 2]) == 3 * 3
+
+
 def test_an_option_takes_the_place_of_the_files_axis(config):
     found = runner.load(config(), axes=["optim.lr=1e-3"])
 
