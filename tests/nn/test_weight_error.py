@@ -75,3 +75,37 @@ def test_a_weight_quantized_in_two_ways_has_no_one_value():
 
     with pytest.raises(ValueError, match="'w' is quantized in 2 ways"):
         quantized_weights(fn, "weight=int4@channel", jnp.ones((2, 4)), params={"w": jnp.ones((4, 4))})
+
+
+class Tied(nnx.Module):
+    def __init__(self):
+        self.table = nnx.Embed(7, 6, rngs=nnx.Rngs(0))
+
+    def __call__(self, tokens):
+        return self.table.attend(self.table(tokens))
+
+
+@pytest.mark.parametrize(("embedding", "ways"), [("int8@channel", ["int8"]), ("int4@channel", ["int8", "int4"])])
+def test_a_tied_embedding_counts_once_for_each_value_that_it_is_used_with(embedding, ways):
+    model = Tied()
+    table = np.float64(model.table.embedding.get_raw_value())
+
+    errors = weight_error(model, f"weight=int8@channel,embedding={embedding}", TOKENS)
+
+    lost = [np.float64(pl.fake_quantize(jnp.float32(table), f"{name}@channel", axis=1)) - table for name in ways]
+    assert list(errors) == ["table/embedding"]
+    found = errors["table/embedding"]
+    expected = [sum(np.sum(each**2) for each in lost), len(ways) * np.sum(table**2)]
+    np.testing.assert_allclose([found.error, found.norm], expected, rtol=1e-5)
+
+
+def test_a_weight_that_the_model_casts_itself_is_quantized_after_that():
+    def fn(params, x):
+        return x @ params["w"].astype(jnp.bfloat16)
+
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)
+
+    found = quantized_weights(fn, "weight=int8@channel", jnp.ones((2, 4), jnp.bfloat16), params={"w": weights})
+
+    expected = pl.fake_quantize(weights.astype(jnp.bfloat16).astype(jnp.float32), "int8@channel", axis=0)
+    np.testing.assert_array_equal(found["w"], expected)
