@@ -152,7 +152,7 @@ def _row(results: "Results", row: "Row") -> str:
 
 def _cell(cell: "Cell", *, stack: bool) -> str:
     """Returns a mean and a difference, in two cells or one above the other."""
-    mean = escape(cell.mean.text()) if cell.mean else '<b class="missing">✗</b>'
+    mean = '<b class="missing">✗</b>' if cell.mean is None and cell.expected else escape(cell.mean_text())
     difference = escape(cell.difference.text(signed=True)) if cell.difference else ""
     if stack:
         return f'<td class="n">{mean}<div class="dim">{difference}</div></td>'

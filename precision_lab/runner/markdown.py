@@ -50,7 +50,7 @@ def _row(row: "Row", troubled: bool) -> list[str]:
     """Returns one arm; what did not finish is shown, not left out."""
     cells = [row.arm, f"{row.finished} of {row.total}" if row.troubles else str(row.finished)]
     for cell in row.cells.values():
-        cells.append(cell.mean.text() if cell.mean else "✗")
+        cells.append(cell.mean_text())
         cells.append(cell.difference.text(signed=True) if cell.difference else "")
     return [*cells, row.trouble_text()] if troubled else cells
 

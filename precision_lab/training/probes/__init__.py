@@ -12,7 +12,8 @@ from precision_lab.training.probes.config import (
     DotProductConfig,
     ProbeConfig,
     ProbeRun,
+    RoundingErrorConfig,
     register_probe,
 )
 
-__all__ = ["PROBES", "AnyProbe", "DotProductConfig", "ProbeConfig", "ProbeRun", "register_probe"]
+__all__ = ["PROBES", "AnyProbe", "DotProductConfig", "ProbeConfig", "ProbeRun", "RoundingErrorConfig", "register_probe"]
