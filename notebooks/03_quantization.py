@@ -197,27 +197,12 @@ plt.show()
 # %% [markdown]
 # ### Which layer may have fewer bits?
 #
-# One layer at a time in few bits, weights and activations, all others in float32: a rule for a path, and the loss that
-# follows.
+# `pl.sensitivity` quantizes one layer at a time, weights and activations, and leaves all others in float32: how far is
+# the output from that of float32, in decibels? It is one compiled program for all layers and widths.
 
 # %%
-layers = ["up", "mid", "down", "head"]
-rise = np.zeros((4, 4))
-loss = float(model(images[test], labels[test]))
-for row, layer in enumerate(layers):
-    for column, bits in enumerate(widths):
-        rule = f"float32;{layer}/**:weight=int{bits}@channel,activation=int{bits}@token"
-        rise[row, column] = float(pl.apply_policy(model, rule)(images[test], labels[test])) - loss
-figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
-axis.imshow(np.maximum(rise, 0) ** 0.5, aspect="auto", cmap="Reds")
-for (row, column), value in np.ndenumerate(rise):
-    axis.text(
-        column, row, f"{value:+.3f}", ha="center", va="center", color="white" if value > 0.5 * rise.max() else "black"
-    )
-axis.set_xticks(range(4), [f"{bits} bits" for bits in widths])
-axis.set_yticks(range(4), layers)
-axis.set_title("Rise of the test loss, one layer quantized")
-plt.show()
+sensitivity = pl.sensitivity(model, list(policies.values()), [images[test]])
+sensitivity.heat_map()
 
 # %% [markdown]
 # ## Training through the quantizer

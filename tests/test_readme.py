@@ -6,6 +6,9 @@ import itertools
 import pathlib
 import re
 
+import pytest
+
+from experiments import tables
 from precision_lab.policy import PRESETS, parsing
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
@@ -22,6 +25,23 @@ def test_the_table_of_presets_is_that_of_the_package():
     expected = {f"`{name}`": preset.summary for name, preset in PRESETS.items()}
 
     assert dict(table("| preset | what it is |")) == expected
+
+
+@pytest.mark.parametrize("page", tables.TABLES)
+def test_generated_tables_are_up_to_date(page):
+    current = (README.parent / page).read_text()
+
+    assert current == tables.written(page), "run: python experiments/tables.py"
+
+
+def test_every_paper_that_a_method_names_is_in_the_table_of_methods():
+    rows = table("| file | what it is | arXiv | test |")
+
+    for package in ("ptq", "optim"):
+        for path in (README.parent / "precision_lab" / package).glob("*.py"):
+            papers = set(re.findall(r"arXiv:(\d{4}\.\d{5})", path.read_text()))
+            row = next((row for row in rows if f"/{path.name})" in row[0] and f"/{package}/" in row[0]), None)
+            assert papers == (set(re.findall(r"abs/(\d{4}\.\d{5})", row[2])) if row else set()), path
 
 
 def test_the_table_of_keys_has_every_key_of_a_policy_and_no_other():

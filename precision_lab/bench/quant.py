@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from precision_lab.bench import report
+from precision_lab.bench import quant_sweep, report
 from precision_lab.bench.arms import Problem, call_of, chosen, compiled_anew, traced_anew
 from precision_lab.bench.interleaved import Timing, environment, time_alternating, time_interleaved
 from precision_lab.bench.quant_arms import PROBLEMS, SMALL, Make, group_size, inference, steps
+from precision_lab.bench.quant_sweep import sweeps
 from precision_lab.bench.targets import Target, judged
 
 PACKAGES = ("jax", "jaxlib", "numpy", "flax", "optax", "qwix", "aqtp")
@@ -55,6 +56,8 @@ def _targets() -> dict[tuple[str, str, str], Target]:
         ("inference NF4 weights", "float32 inference"): (0.60, 0.60, "AMX"),
         ("tracing W8A8 simulated", "tracing float32"): (1.9, 1.6, ""),
         ("compiling W8A8 simulated", "compiling float32"): (1.4, 1.4, ""),
+        (quant_sweep.SEVEN, quant_sweep.ONE): (1.03, 1.03, ""),
+        quant_sweep.PREPARED: (1.2, 1.2, ""),
     }
     return {
         (*row, model): Target(ratio, needs)
@@ -94,9 +97,11 @@ def run(
     rows = []
     for name, problem in problems.items():
         found: Found = {}
-        for make in (steps, inference):
+        for make in (steps, inference, sweeps):
             found |= _timed(make(problem), rounds, budget_s, lambda what, units, n=name: tell(f"{n}: {what}", units))
         found |= _prepared(problem, lambda what, units, n=name: tell(f"{n}: {what}", units))
+        found |= quant_sweep.prepared(problem)
+        tell(f"{name}: compiled {quant_sweep.SEVEN}", 1)
         rows += _rows(found, name, env)
     command = f"precision-lab bench quant --model {model} --rounds {rounds}{' --small' if small else ''}"
     return {
@@ -111,8 +116,8 @@ def run(
 
 def work(model: str, rounds: int) -> int:
     """Returns the units of work that `run` tells of."""
-    of_one = sum(len(make(SMALL["mlp"])) + rounds for make in (steps, inference))
-    return (of_one + 2 * len(_prepared_names(SMALL["mlp"]))) * len(chosen(PROBLEMS, model))
+    of_one = sum(len(make(SMALL["mlp"])) + rounds for make in (steps, inference, sweeps))
+    return (of_one + 1 + 2 * len(_prepared_names(SMALL["mlp"]))) * len(chosen(PROBLEMS, model))
 
 
 def title(result: Mapping[str, Any]) -> str:

@@ -30,8 +30,14 @@ Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of all r
 Import = Annotated[
     list[str] | None, typer.Option("--import", metavar="MODULE", help="Import a module that registers models or data.")
 ]
-Executor = Annotated[str, typer.Option("--executor", metavar="NAME", help="Who runs the runs: serial or process.")]
+Executor = Annotated[
+    str,
+    typer.Option("--executor", metavar="NAME", help="Who runs: serial, process, vmap, ray, slurm:partition=gpu."),
+]
 Jobs = Annotated[int | None, typer.Option("--jobs", metavar="N", help="How many runs at once.")]
+Tracker = Annotated[
+    str, typer.Option("--tracker", metavar="NAMES", help="Show metrics in tensorboard, wandb, mlflow as well.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -55,6 +61,7 @@ def run(
     imports: Import = None,
     executor: Executor = "serial",
     jobs: Jobs = None,
+    tracker: Tracker = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count, as check does; runs nothing.")] = False,
     json: Json = False,
 ) -> None:
@@ -70,7 +77,9 @@ def run(
         _show_plan(experiment, out, as_json=json)
         return
     try:
-        results = runner.run(experiment, out=out, executor=executor, jobs=jobs, say=say)
+        results = runner.run(
+            experiment, out=out, executor=executor, jobs=jobs, tracker=[*filter(None, tracker.split(","))], say=say
+        )
     except runner.Preempted:
         say("preempted. What was going on is saved; the same command continues.")
         raise typer.Exit(75) from None
@@ -147,8 +156,11 @@ def report(
     out: Out = Path("runs"),
     imports: Import = None,
     to: Annotated[
-        Path | None, typer.Option("--to", metavar="PATH", help="A .html, .md or .csv file, or a folder.")
+        Path | None, typer.Option("--to", metavar="PATH", help="A .html, .md, .csv or .tex file, or a folder.")
     ] = None,
+    inside: Annotated[
+        bool, typer.Option("--inside/--no-inside", help="Look into final checkpoints, for heat map and histograms.")
+    ] = True,
     json: Json = False,
 ) -> None:
     """Judge the claims and write the report again from what has run; runs nothing.
@@ -164,7 +176,7 @@ def report(
     results = runner.read(experiment, out)
     if not any(one.path.exists() for one in results.trials):
         raise ValueError(f"nothing of {experiment.name} has run in {out}; precision-lab run {target} does that.")
-    path = results.report(to)
+    path = results.report(to, look_inside=inside)
     if json:
         show_json(results.to_json())
     else:

@@ -8,6 +8,7 @@ from precision_lab.nn.delayed import DelayedScaling
 from precision_lab.nn.ends import keep_ends
 from precision_lab.nn.fake_quant import FakeQuant, LinenFakeQuant, QuantParam, QuantStat
 from precision_lab.nn.folded import BatchNormNumbers, FoldedBatchNorm, folded_fake_quantize
+from precision_lab.nn.folded_linen import LinenFoldedBatchNorm
 from precision_lab.nn.lora import add_lora, merge_lora
 from precision_lab.nn.prepare import prepare_qat
 from precision_lab.nn.qat import QAT
@@ -21,6 +22,7 @@ __all__ = [
     "FakeQuant",
     "FoldedBatchNorm",
     "LinenFakeQuant",
+    "LinenFoldedBatchNorm",
     "QuantParam",
     "QuantStat",
     "add_lora",

@@ -47,7 +47,8 @@ def heat_map(
     axes.set_yticks(range(len(sites)), sites, fontsize=8)
     axes.set_xticks(range(len(policies)), names, fontsize=8)
     axes.set_title(title, fontsize=9)
-    figure.colorbar(image, label=_LABELS[show])
+    # On two lines and small, since a map of few sites is low.
+    figure.colorbar(image).set_label(_LABELS[show].replace(", ", ",\n"), fontsize=8)
     return figure
 
 

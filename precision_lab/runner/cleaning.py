@@ -26,7 +26,7 @@ def old_checkpoints(out: Path, keep_last: int = 1) -> list[Old]:
     """
     found = []
     for run in all_runs(out):
-        if run.status()["state"] not in FINISHED or run.is_locked():
+        if run.status()["state"] not in FINISHED or run.is_busy():
             continue
         steps = sorted((path for path in run.checkpoints.glob("*") if path.name.isdecimal()), key=lambda p: int(p.name))
         drop = tuple(steps[: max(len(steps) - keep_last, 0)])

@@ -70,6 +70,7 @@ class ExperimentConfig(BaseModel):
       seeds: each arm is run once for each; in a file also as text, `0..4`.
       baseline: the arm that the others are compared with; the first one if not given.
       metrics: columns of the result table, such as `eval/loss`; a sensible pair if not given.
+      tracker: what else shows the metrics, such as `tensorboard`; no part of any identity.
       claims: what is judged when the runs are done.
       paper: where the claims come from.
     """
@@ -86,9 +87,11 @@ class ExperimentConfig(BaseModel):
     seeds: tuple[Seed, ...] = Field(default=(0,), min_length=1)
     baseline: str = ""
     metrics: tuple[str, ...] = ()
+    tracker: tuple[str, ...] = ()
     claims: tuple[Claim, ...] = ()
 
     _runs: Runs = PrivateAttr(default_factory=dict)
+    _columns: tuple[str, ...] | None = PrivateAttr(default=None)
     _words: tuple[str, ...] = PrivateAttr(default=())
     _written: Tree = PrivateAttr(default_factory=lambda: Tree(None))
 
@@ -181,11 +184,11 @@ class ExperimentConfig(BaseModel):
     @property
     def columns(self) -> tuple[str, ...]:
         """The metrics that tables show."""
-        if self.metrics:
-            return self.metrics
-        known = self.known_metrics(self.arms)
-        usual = tuple(metric for metric in ("eval/loss", "eval/accuracy") if metric in known)
-        return usual or tuple(sorted(known))
+        if self._columns is None:
+            known = set() if self.metrics else self.known_metrics(self.arms)
+            usual = tuple(metric for metric in ("eval/loss", "eval/accuracy") if metric in known)
+            self._columns = self.metrics or usual or tuple(sorted(known))
+        return self._columns
 
     def locate(self, arm: str, key: str, message: str) -> str:
         """Returns a message with the place where an arm, or else the base, gives a key."""

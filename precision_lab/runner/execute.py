@@ -23,6 +23,7 @@ from precision_lab.runner.rundir import FINISHED, TRIALS, run_dir
 from precision_lab.runner.starts import ancestry
 from precision_lab.runner.stopping import stop_on_signals
 from precision_lab.runner.store import ARMS
+from precision_lab.runner.trackers import refuse_unknown
 from precision_lab.runner.trial import Planned
 from precision_lab.runner.yaml12 import dump
 from precision_lab.training import RunConfig
@@ -84,6 +85,7 @@ def run(
     imports: Sequence[str] = (),
     executor: str = "serial",
     jobs: int | None = None,
+    tracker: Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> Results:
     """Runs what of an experiment has not been run yet, writes its report, and returns the results.
@@ -93,8 +95,9 @@ def run(
     Args:
       source: an experiment, its file or folder, or a mapping; see `load`, also for `presets` to `imports`.
       out: folder of all results.
-      executor: who runs them, see `precision_lab.runner.executors`.
+      executor: who runs them, perhaps with options, see `precision_lab.runner.executors`.
       jobs: how many at once, for executors that can.
+      tracker: names of what shows the metrics besides the record, instead of the experiment's `tracker`.
       say: receives one-line messages.
 
     Raises:
@@ -102,35 +105,41 @@ def run(
       KeyboardInterrupt: Ctrl-C.
       Preempted: a SystemExit with code 75; the process was asked to make room.
     """
-    chosen = executors.get(executor, jobs)
+    chosen, options = executors.get(executor, jobs)
     experiment = load(source, presets=presets, settings=settings, axes=axes, arms=arms, seeds=seeds, imports=imports)
+    trackers = tracker or experiment.tracker
+    refuse_unknown(trackers)
     planned = check(experiment, out)
-    env = fingerprint()
+    env = {**fingerprint(), **executors.FINGERPRINTS.get(executor, {})}
     pending = [one for one in planned if one.run.status()["state"] not in FINISHED]
     for line in _reused(planned, pending, env):
         say(line)
     with _room_in(Path(out), say):
         _save_experiment(experiment, Path(out))
         if pending:
-            _execute(pending, chosen, env, jobs, say)
+            given = {"env": env, "jobs": jobs, "options": options, "say": say, "trackers": tuple(trackers)}
+            _execute(pending, chosen, given)
     results = read(experiment, out)
     with _room_in(Path(out), lambda why: say(f"the report was not written: {why}")):
         results.report()
     return results
 
 
-def _execute(
-    pending: Sequence[Planned],
-    executor: executors.Executor,
-    env: Mapping[str, Any],
-    jobs: int | None,
-    say: Callable[[str], None],
-) -> None:
+def _execute(pending: Sequence[Planned], executor: executors.Executor, given: Mapping[str, Any]) -> None:
     """Hands runs to an executor, with progress shown and signals heard."""
     from precision_lab.training.progress import RunProgress
 
     with RunProgress(len(pending)) as progress, stop_on_signals() as stop:
-        executor.execute(pending, executors.Context(env, progress, say, stop, jobs))
+        for wave in _waves(pending) if executor.IN_WAVES else [pending]:
+            executor.execute(wave, executors.Context(progress=progress, stop=stop, **given))
+
+
+def _waves(pending: Sequence[Planned]) -> list[list[Planned]]:
+    """Returns runs in groups, of which each begins from runs of groups before it at most."""
+    waves: dict[int, list[Planned]] = {}
+    for one in pending:
+        waves.setdefault(len(ancestry(one.config)), []).append(one)
+    return [waves[depth] for depth in sorted(waves)]
 
 
 @contextmanager

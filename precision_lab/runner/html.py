@@ -1,17 +1,18 @@
 """The report as one HTML file: no script, no network, readable on paper."""
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from precision_lab.runner import plots
+from precision_lab.runner import drawing, html_numbers, plots
+from precision_lab.runner.html_parts import breakable, changes_code, figure, prose
+from precision_lab.runner.ranking import best_arms, bits_differ, bits_text
 from precision_lab.runner.summary import (
     TIMELINES,
-    change_text,
     claimed,
     command,
+    environment_spread,
     environments,
     run_count,
     shared,
@@ -37,9 +38,11 @@ def page(results: "Results") -> str:
         _header(results),
         _section("Claims", _claims(results.verdicts)) if results.verdicts else "",
         _section("Results", _table(results) + _finals(results)),
+        _section("Along the axes", html_numbers.axes(results)),
+        _section("Bits and quality", html_numbers.bits_and_quality(results)),
         _section("Learning curves", _curves(results)),
-        _section("The numbers themselves", _timelines(results)),
-        _section("What was varied", _varied(results)),
+        _section("The numbers themselves", _timelines(results) + html_numbers.inside(results)),
+        _section("What was varied", html_numbers.best_against_baseline(results) + _varied(results)),
         _section("The paper's numbers", _paper_table(results)),
         _section("Run it again", _commands(results)),
         _section("Environment", _environment(results)),
@@ -73,10 +76,11 @@ def _section(title: str, body: str) -> str:
 def _header(results: "Results") -> str:
     """Returns the title, the question, the paper and the outcome in one line each."""
     experiment = results.experiment
-    notes = "".join(f"<p>{_prose(text)}</p>" for text in experiment.notes.strip().split("\n\n") if text)
+    notes = "".join(f"<p>{prose(text)}</p>" for text in experiment.notes.strip().split("\n\n") if text)
     return (
         f"<header>\n<h1>{escape(experiment.name)}</h1>\n{_paper_line(results)}"
-        f'<p class="outcome">{escape(claimed(results))} <span>· {escape(run_count(results))}</span></p>\n'
+        f'<p class="outcome">{escape(claimed(results))} <span>· {escape(run_count(results))}'
+        f"{escape(environment_spread(results))}</span></p>\n"
         f'<div class="notes">{notes}</div>\n</header>\n'
     )
 
@@ -116,58 +120,56 @@ def _table(results: "Results") -> str:
     """Returns the result table."""
     experiment = results.experiment
     baseline = escape(experiment.baseline_arm)
+    bits = results.bits if bits_differ(results) else {}
+    best = {metric: best_arms(results, metric) for metric in experiment.columns}
     beside = "" if stacked(results) else f'<th class="n">vs {baseline}</th>'
-    heads = "".join(f'<th class="n">{_breakable(metric)}</th>{beside}' for metric in experiment.columns)
+    heads = "".join(f'<th class="n">{breakable(metric)}</th>{beside}' for metric in experiment.columns)
     below = f" Second lines are differences to {baseline}." if stacked(results) else ""
-    rows = "\n".join(_row(results, row) for row in results.rows)
+    heads = ('<th class="n">bits</th>' if bits else "") + heads
+    shown = plots.shown_arms(results)
+    rows = "\n".join(_row(results, row, bits, best, shown) for row in results.rows)
+    bold = " Best means are bold." if any(best.values()) else ""
+    stored = " Bits are true bits per parameter, scales included, as convert stores the model." if bits else ""
     dense = " dense" if len(experiment.columns) > 3 else ""
     return (
         f'<div class="wide"><table class="results{dense}"><thead><tr><th>arm</th><th class="n">seeds</th>{heads}'
         "<th></th></tr></thead>\n"
         f"<tbody>\n{rows}\n</tbody></table></div>\n"
         '<p class="fine">Mean over seeds ± half of its 95 % interval (Student). Differences are paired by seed: the '
-        f"arms of one seed share initialisation and batch order.{below}</p>\n"
+        f"arms of one seed share initialisation and batch order.{below}{bold}{stored}</p>\n"
     )
 
 
-def _breakable(name: str) -> str:
-    """Returns a name that may be broken after a slash or an underscore, so that a column is as wide as its numbers."""
-    return escape(name).replace("/", "/<wbr>").replace("_", "_<wbr>")
-
-
-def _prose(text: str) -> str:
-    """Returns text with `code` as code."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
-
-
-def _row(results: "Results", row: "Row") -> str:
+def _row(
+    results: "Results", row: "Row", bits: Mapping[str, Any], best: Mapping[str, set[str]], shown: Sequence[str]
+) -> str:
     """Returns one arm; what did not finish is shown, not left out."""
-    index = list(results.experiment.arms).index(row.arm)
-    swatch = f'<i class="swatch" style="background:{plots.look(index)["color"]}"></i>'
-    cells = "".join(_cell(cell, stack=stacked(results)) for cell in row.cells.values())
+    swatch = ""
+    if row.arm in shown:
+        swatch = f'<i class="swatch" style="background:{drawing.look(shown.index(row.arm))["color"]}"></i>'
+    stack = stacked(results)
+    cells = "".join(_cell(cell, stack=stack, bold=row.arm in best[metric]) for metric, cell in row.cells.items())
+    if bits:
+        cells = f'<td class="n">{bits_text(bits[row.arm])}</td>{cells}'
     trouble = f'<td class="trouble">{escape(row.trouble_text())}</td>' if row.troubles else "<td></td>"
     seeds = f"{row.finished} of {row.total}" if row.troubles else str(row.finished)
     return f'<tr><th scope="row">{swatch}{escape(row.arm)}</th><td class="n">{seeds}</td>{cells}{trouble}</tr>'
 
 
-def _cell(cell: "Cell", *, stack: bool) -> str:
+def _cell(cell: "Cell", *, stack: bool, bold: bool) -> str:
     """Returns a mean and a difference, in two cells or one above the other."""
     mean = '<b class="missing">✗</b>' if cell.mean is None and cell.expected else escape(cell.mean_text())
+    mean = f"<b>{mean}</b>" if bold else mean
     difference = escape(cell.difference.text(signed=True)) if cell.difference else ""
     if stack:
         return f'<td class="n">{mean}<div class="dim">{difference}</div></td>'
     return f'<td class="n">{mean}</td><td class="n dim">{difference}</td>'
 
 
-def _figure(svg: str | None, caption: str) -> str:
-    """Returns a plot with its caption, nothing without a plot."""
-    return f"<figure>\n{svg}\n<figcaption>{escape(caption)}</figcaption>\n</figure>\n" if svg else ""
-
-
 def _finals(results: "Results") -> str:
     """Returns the plot of every run's last values."""
     svg = plots.finals(results, results.experiment.columns)
-    return _figure(svg, "Every run: one mark per seed, a bar at the mean, a line over its 95 % interval.")
+    return figure(svg, "Every run: one mark per seed, a bar at the mean, a line over its 95 % interval.")
 
 
 def _curves(results: "Results") -> str:
@@ -179,15 +181,26 @@ def _curves(results: "Results") -> str:
         name = column.partition("/")[2]
         twin = next((f"{split}/{name}" for split in ("train", "eval_train") if f"{split}/{name}" in logged), column)
         metrics |= dict.fromkeys((twin, column))
-    svg = plots.curves(results, [metric for metric in metrics if metric not in TIMELINES], name="curves")
-    return _figure(svg, "Median over seeds; the band reaches from the smallest to the largest.")
+    drawn = [metric for metric in metrics if metric not in TIMELINES]
+    few = len(plots.shown_arms(results)) < len(results.experiment.arms)
+    chosen = f" Of {len(results.experiment.arms)} arms, the baseline and those best by {columns[0]}." if few else ""
+    caption = f"Median over seeds; the band reaches from the smallest to the largest.{chosen}"
+    timed = plots.curves(results, drawn[-2:], name="clock", over="seconds") if _timed(results) else None
+    return figure(plots.curves(results, drawn, name="curves"), caption) + figure(
+        timed, "The same over the time spent in training, compilation included; it says what this machine makes of it."
+    )
+
+
+def _timed(results: "Results") -> bool:
+    """Returns whether the runs kept a clock."""
+    return any(one.seconds for one in results.trials)
 
 
 def _timelines(results: "Results") -> str:
     """Returns the loss scale, skipped steps and lost gradients over time, where they moved."""
     told = [metric for metric in TIMELINES if len(_distinct(results, metric)) > 1]
     svg = plots.curves(results, told, name="timelines")
-    return _figure(
+    return figure(
         svg,
         "; ".join(_TOLD[metric] for metric in told).capitalize() + ".",
     )
@@ -210,19 +223,14 @@ def _varied(results: "Results") -> str:
     """Returns what each arm changes, and what all share."""
     baseline = '<span class="dim">baseline</span>'
     rows = "".join(
-        f'<tr><th scope="row">{escape(arm)}</th><td>{_changes(changes) or baseline}</td></tr>'
+        f'<tr><th scope="row">{escape(arm)}</th><td>{changes_code(changes) or baseline}</td></tr>'
         for arm, changes in varied(results).items()
     )
     seeds = _listed(results.experiment.seeds)
     return (
         f'<table class="varied"><tbody>{rows}</tbody></table>\n'
-        f'<p class="fine">All arms: {_changes(shared(results))} and defaults; seeds {seeds}.</p>'
+        f'<p class="fine">All arms: {changes_code(shared(results))} and defaults; seeds {seeds}.</p>'
     )
-
-
-def _changes(changes: Mapping[str, Any]) -> str:
-    """Returns changes as code."""
-    return " ".join(f"<code>{escape(change_text({key: value}))}</code>" for key, value in changes.items())
 
 
 def _listed(values: Iterable[Any]) -> str:

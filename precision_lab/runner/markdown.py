@@ -2,15 +2,16 @@
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from precision_lab.runner.metrics import encode_number
+from precision_lab.runner.ranking import best_arms, bits_differ, bits_text
 from precision_lab.runner.summary import change_text, claimed, command, environments, run_count, varied
 from precision_lab.runner.terminal import MARKS
 
 if TYPE_CHECKING:
-    from precision_lab.runner.results import Results, Row
+    from precision_lab.runner.results import Cell, Results, Row
 
 
 def page(results: "Results") -> str:
@@ -36,23 +37,32 @@ def body(results: "Results") -> str:
 
 
 def result_table(results: "Results") -> str:
-    """Returns the result table."""
+    """Returns the result table, best means in bold, with true bits per parameter where the arms differ in them."""
     experiment = results.experiment
-    columns = ["arm", "seeds"]
+    bits = results.bits if bits_differ(results) else {}
+    columns = ["arm", "seeds", *(["bits"] if bits else [])]
     for metric in experiment.columns:
         columns += [metric, f"vs {experiment.baseline_arm}"]
+    best = {metric: best_arms(results, metric) for metric in experiment.columns}
     troubled = any(row.troubles for row in results.rows)
-    rows = [_row(row, troubled) for row in results.rows]
-    return _table([*columns, "not finished"] if troubled else columns, rows)
+    rows = []
+    for row in results.rows:
+        head = [row.arm, seeds_text(row), *([bits_text(bits[row.arm])] if bits else [])]
+        cells = [text for metric, cell in row.cells.items() for text in _cell(cell, bold=row.arm in best[metric])]
+        rows.append([*(_text(str(cell)) for cell in head), *cells, *([_text(row.trouble_text())] if troubled else [])])
+    heads = [_text(column) for column in ([*columns, "not finished"] if troubled else columns)]
+    return _raw_table(heads, rows)
 
 
-def _row(row: "Row", troubled: bool) -> list[str]:
-    """Returns one arm; what did not finish is shown, not left out."""
-    cells = [row.arm, f"{row.finished} of {row.total}" if row.troubles else str(row.finished)]
-    for cell in row.cells.values():
-        cells.append(cell.mean_text())
-        cells.append(cell.difference.text(signed=True) if cell.difference else "")
-    return [*cells, row.trouble_text()] if troubled else cells
+def seeds_text(row: "Row") -> str:
+    """Returns `3`, or `2 of 3` where some run did not finish."""
+    return f"{row.finished} of {row.total}" if row.troubles else str(row.finished)
+
+
+def _cell(cell: "Cell", *, bold: bool) -> list[str]:
+    """Returns a mean and a difference; what did not finish is shown, not left out."""
+    mean = _text(cell.mean_text())
+    return [f"**{mean}**" if bold else mean, _text(cell.difference.text(signed=True)) if cell.difference else ""]
 
 
 def verdict_table(results: "Results") -> str:
@@ -85,9 +95,14 @@ def _environment(results: "Results") -> str:
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Returns a Markdown table."""
+    """Returns a Markdown table of any text."""
+    return _raw_table([_text(column) for column in columns], [[_text(str(cell)) for cell in row] for row in rows])
+
+
+def _raw_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns a Markdown table of cells that are Markdown already."""
     lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(_text(str(cell)) for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _text(text: str) -> str:
@@ -99,7 +114,29 @@ def _text(text: str) -> str:
 
 def runs_csv(results: "Results") -> str:
     """Returns one row per run: arm, seed, run_id, state, step, and the last value of every metric."""
-    rows = [{key: encode_number(value) for key, value in row.items()} for row in results.to_dicts()]
+    return _csv([{key: encode_number(value) for key, value in row.items()} for row in results.to_dicts()])
+
+
+def table_csv(results: "Results") -> str:
+    """Returns the result table: one row per arm, for each metric the mean, half of its 95 % interval, and the paired
+    difference to the baseline with half of its own, all with every digit.
+    """
+    best = {metric: best_arms(results, metric) for metric in results.experiment.columns}
+    rows = []
+    for row in results.rows:
+        line: dict[str, Any] = {"arm": row.arm, **results.experiment.points.get(row.arm, {}), "finished": row.finished,
+                                "runs": row.total, "bits_per_parameter": results.bits[row.arm]}  # fmt: skip
+        for metric, cell in row.cells.items():
+            for name, mean in (("", cell.mean), (" difference", cell.difference)):
+                line[f"{metric}{name}"] = encode_number(mean.mean) if mean else None
+                line[f"{metric}{name} half_width"] = encode_number(mean.half_width) if mean else None
+            line[f"{metric} best"] = int(row.arm in best[metric])
+        rows.append(line)
+    return _csv(rows)
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns rows as CSV, with all columns that any of them has."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, columns, lineterminator="\n")

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from precision_lab.runner.atomic import write_text
+from precision_lab.runner.clock import StepClock
 
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _LABELS = frozenset({"step", "split", "attempt"})
@@ -126,11 +127,13 @@ class JsonlSink:
         """Opens the file for appending, and creates it where there is none."""
         self.path = path
         self.attempt = attempt
+        self._clock = StepClock(path.parent)
         _repair(path)
         self._file = path.open("ab", buffering=0)
 
     def restart(self, step: int) -> None:
         """Drops every row past `step`."""
+        self._clock.restart(step)
         keep = [row for row in read_rows(self.path) if int(row["step"]) <= step]
         self._file.close()
         write_text(self.path, "".join(encode_row(row) + "\n" for row in keep))
@@ -138,6 +141,8 @@ class JsonlSink:
 
     def write(self, row: Mapping[str, object]) -> None:
         """Appends one row, and hands it to the operating system at once."""
+        if isinstance(step := row.get("step"), int):
+            self._clock.note(step)
         left = (encode_row({**row, "attempt": self.attempt}) + "\n").encode()
         while left:
             left = left[self._file.write(left) :]

@@ -1,14 +1,15 @@
 """Runs that begin where another run ended: where they find it, and what if it has not ended well."""
 
+import time
 from collections.abc import Mapping
 from typing import Any
-
-from filelock import FileLock
 
 from precision_lab.runner.identity import run_id
 from precision_lab.runner.rundir import BusyError, RunDir
 from precision_lab.runner.starts import start_of
 from precision_lab.training import AnyRun
+
+_POLL_S = 1.0
 
 
 class StartError(Exception):
@@ -22,18 +23,16 @@ def parent_of(run: RunDir, config: AnyRun) -> RunDir | None:
 
 
 def await_parent(run: RunDir, config: AnyRun, *, wait: bool) -> None:
-    """Makes sure that no other process is executing the run that a run begins from.
+    """Makes sure that no other process, here or elsewhere, is executing the run that a run begins from.
 
     Raises:
       BusyError: one is, and `wait` is false.
     """
     parent = parent_of(run, config)
-    if parent is None or not parent.is_locked():
-        return
-    if not wait:
-        raise BusyError(run.id)
-    with FileLock(parent.path / "lock"):
-        return
+    while parent is not None and parent.is_busy():
+        if not wait:
+            raise BusyError(run.id)
+        time.sleep(_POLL_S)
 
 
 def start_from(run: RunDir, config: AnyRun) -> dict[str, Any]:

@@ -1,98 +1,80 @@
-"""Plots of an experiment as SVG text, to stand inline in a page that fetches nothing.
+"""Plots of metrics: learning curves, and the last values of every run."""
 
-Arms differ by colour and by dash pattern, so that a plot survives a black-and-white printer and colour-blind eyes.
-"""
-
-import io
 import math
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from precision_lab.runner.drawing import COLOURS, MARKERS, WIDTH, Picture, figure_of, look, plain_log_ticks
 from precision_lab.runner.metrics import Series
+from precision_lab.runner.ranking import sense
 from precision_lab.runner.stats import mean_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-    from precision_lab.runner.results import Results
+    from precision_lab.runner.results import Results, Trial
 
-# Source: Okabe and Ito, "Color Universal Design", 2008. Their yellow is left out: too pale for a line on white.
-# Okabe and Ito's palette, then Paul Tol's muted one for experiments with many arms.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-COLOURS += ("#882255", "#999933", "#332288", "#44AA99", "#AA4499", "#117733", "#DDCC77")
-# Only the first arm is solid, and lies beneath the others: dashes on top of it show where curves coincide.
-DASHES = ((0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (9, 3)), (0, (3, 1, 1, 1, 1, 1)), (0, (2, 3)))
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_WIDTH = 9.2
-_INK, _GRID = "#1f2328", "#d8dee4"
-_STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 9.5, "svg.fonttype": "none",
-    "text.color": _INK, "axes.labelcolor": _INK, "xtick.color": "#57606a", "ytick.color": "#57606a",
-    "axes.edgecolor": "#8c959f", "axes.linewidth": 0.8, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "grid.color": _GRID, "grid.linewidth": 0.7, "axes.axisbelow": True, "axes.titlesize": 10.5,
-    "axes.titleweight": "bold", "axes.titlelocation": "left", "legend.frameon": False, "lines.linewidth": 1.6,
-    "axes.unicode_minus": True, "axes.formatter.use_mathtext": False,
-}  # fmt: skip
+MOST_ARMS = 16
+"""Arms in one plot of lines; more cannot be told apart."""
+MOST_ROWS = 40
+"""Arms in one plot that gives each a row."""
 
 
-@contextmanager
-def _figure(rows: int, columns: int, height: float, name: str) -> Iterator[tuple["Figure", list["Axes"]]]:
-    """Gives a figure in our style that leaves the settings of the caller's own plots alone."""
-    import matplotlib as mpl
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.subplots(rows, columns, squeeze=False)
-        yield figure, list(axes.flat)
-
-
-def _svg(figure: "Figure", title: str) -> str:
-    """Returns the figure as an SVG element: no prolog, no metadata, a title for those who cannot see it."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'\s(xmlns(:\w+)?|version)="[^"]*"', "", text)
-    text = re.sub(r'(<svg[^>]*?)\swidth="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?)\sheight="[^"]*"', r"\1", text, count=1)
-    label = title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
-    return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1).strip()
+def shown_arms(results: "Results", most: int = MOST_ARMS) -> list[str]:
+    """Returns the arms to draw, in their order: all, or of many the baseline and those best by the first column."""
+    arms = list(results.experiment.arms)
+    if len(arms) <= most:
+        return arms
+    metric = results.experiment.columns[0]
+    direction = sense(metric) or -1
+    means = {arm: mean.mean for arm in arms if (mean := results.mean(arm, metric)) and math.isfinite(mean.mean)}
+    ranked = sorted(means, key=lambda arm: -direction * means[arm])
+    chosen = {
+        results.experiment.baseline_arm,
+        *[arm for arm in ranked if arm != results.experiment.baseline_arm][: most - 1],
+    }
+    return [arm for arm in arms if arm in chosen]
 
 
-def look(arm_index: int) -> dict[str, Any]:
-    """Returns the colour and the dash pattern of an arm; both together differ for the first 42 arms."""
-    style: dict[str, Any] = {"color": COLOURS[arm_index % len(COLOURS)]}
-    if arm_index == 0:
-        return {**style, "linestyle": "-", "linewidth": 2.6, "alpha": 0.75}
-    return {**style, "linestyle": DASHES[(arm_index - 1) % len(DASHES)]}
-
-
-def curves(results: "Results", metrics: Sequence[str], *, name: str) -> str | None:
-    """Returns learning curves, one panel per metric: median over seeds, band from smallest to largest.
+def curves(results: "Results", metrics: Sequence[str], *, name: str, over: str = "step") -> str | None:
+    """Returns learning curves as SVG, one panel per metric: median over seeds, band from smallest to largest.
 
     Metrics that no run logged get no panel; None if there is none left.
+
+    Args:
+      name: makes the marks inside the SVG differ from those of other plots on a page.
+      over: the horizontal axis, `step` or `seconds` of training.
     """
+    picture = curve_picture(results, metrics, name=name, over=over)
+    return picture.svg if picture else None
+
+
+def curve_picture(
+    results: "Results", metrics: Sequence[str], *, name: str = "curves", over: str = "step"
+) -> Picture | None:
+    """Returns learning curves as a picture; see `curves`."""
     metrics = [metric for metric in metrics if any(metric in one.series for one in results.trials)]
-    if not metrics:
+    if (over == "seconds" and not any(one.seconds for one in results.trials)) or not metrics:
         return None
     columns = min(2, len(metrics))
     rows = math.ceil(len(metrics) / columns)
-    with _figure(rows, columns, 2.9 * rows + 0.5, name) as (figure, axes):
+    with figure_of(rows, columns, 2.9 * rows + 0.5, name) as (figure, axes):
         for panel, metric in zip(axes, metrics, strict=False):
-            _curve_panel(panel, results, metric)
+            _curve_panel(panel, results, metric, over)
         for panel in axes[len(metrics) :]:
             panel.set_visible(False)
         lines = {str(line.get_label()): line for panel in axes for line in panel.get_lines()}
+        legend_below(figure, lines)
+        words = "training steps" if over == "step" else "seconds of training"
+        return Picture(figure, f"Curves of {', '.join(metrics)} over {words}, by arm")
+
+
+def legend_below(figure: "Figure", lines: Mapping[str, Any]) -> None:
+    """Puts one legend for all panels below a figure."""
+    if lines:
         figure.legend(
             lines.values(),
             list(lines),
@@ -100,34 +82,40 @@ def curves(results: "Results", metrics: Sequence[str], *, name: str) -> str | No
             ncols=_legend_columns(list(lines)),
             handlelength=3.2,
         )
-        return _svg(figure, f"Curves of {', '.join(metrics)} over training steps, by arm")
 
 
 def _legend_columns(labels: Sequence[str]) -> int:
     """Returns how many columns of a legend fit below the figure: a line sample and some letters each."""
     inches = 0.8 + 0.078 * max(map(len, labels))
-    return max(1, min(4, len(labels), int(_WIDTH / inches)))
+    return max(1, min(4, len(labels), int(WIDTH / inches)))
 
 
-def _curve_panel(panel: "Axes", results: "Results", metric: str) -> None:
+def _curve_panel(panel: "Axes", results: "Results", metric: str, over: str) -> None:
     """Draws one metric of every arm."""
     drawn: list[float] = []
-    for i, arm in enumerate(results.experiment.arms):
-        runs = [one.series[metric] for one in results.of_arm(arm) if metric in one.series]
-        steps, low, middle, high = band(runs)
+    for i, arm in enumerate(shown_arms(results)):
+        runs = [one for one in results.of_arm(arm) if metric in one.series and (over == "step" or one.seconds)]
+        steps, low, middle, high = band([one.series[metric] for one in runs])
         if not steps:
             continue
         style = look(i)
         if metric.endswith(("loss_scale", "skipped_steps")):
             style["drawstyle"] = "steps-post"
         few = {"marker": MARKERS[i % len(MARKERS)], "markersize": 3.5} if len(steps) < 16 else {}
-        panel.plot(steps, middle, label=arm, **style, **few)
+        across = steps if over == "step" else [_seconds(runs, step) for step in steps]
+        panel.plot(across, middle, label=arm, **style, **few)
         if len(runs) > 1:
-            panel.fill_between(steps, low, high, color=style["color"], alpha=0.14, linewidth=0)
+            panel.fill_between(across, low, high, color=style["color"], alpha=0.14, linewidth=0)
         drawn += [value for value in middle if math.isfinite(value)]
     panel.set_title(metric)
-    panel.set_xlabel("step")
+    panel.set_xlabel("step" if over == "step" else "seconds of training")
     _scale_axis(panel, metric, drawn)
+
+
+def _seconds(runs: Sequence["Trial"], step: int) -> float:
+    """Returns when a step was reached, the median over runs; NaN where no clock says."""
+    known = [one.seconds[step] for one in runs if step in one.seconds]
+    return float(np.median(known)) if known else math.nan
 
 
 def _scale_axis(panel: "Axes", metric: str, values: Sequence[float]) -> None:
@@ -137,16 +125,7 @@ def _scale_axis(panel: "Axes", metric: str, values: Sequence[float]) -> None:
         panel.set_yscale("log", base=2)
     elif "loss" in metric and len(positive) == len(values) > 0 and max(positive) > 10 * min(positive):
         panel.set_yscale("log")
-        _plain_log_ticks(panel.yaxis)
-
-
-def _plain_log_ticks(axis: "Axis") -> None:
-    """Labels a logarithmic axis at 1, 2 and 5 of each decade, as plain numbers that do not run into each other."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+        plain_log_ticks(panel.yaxis)
 
 
 def band(runs: Sequence[Series]) -> tuple[list[int], list[float], list[float], list[float]]:
@@ -165,26 +144,26 @@ def band(runs: Sequence[Series]) -> tuple[list[int], list[float], list[float], l
 
 def finals(results: "Results", metrics: Sequence[str]) -> str | None:
     """Returns the last value of every run, by arm: a mark per seed, the mean, and its 95 % interval."""
-    metrics = [metric for metric in metrics if any(results.finals(arm, metric) for arm in results.experiment.arms)]
+    arms = shown_arms(results, MOST_ROWS)
+    metrics = [metric for metric in metrics if any(results.finals(arm, metric) for arm in arms)]
     if not metrics:
         return None
-    arms = list(results.experiment.arms)
     columns = min(2, len(metrics))
     rows = math.ceil(len(metrics) / columns)
-    with _figure(rows, columns, rows * (0.34 * len(arms) + 1.1), "finals") as (figure, axes):
+    with figure_of(rows, columns, rows * (0.34 * len(arms) + 1.1), "finals") as (figure, axes):
         for i, (panel, metric) in enumerate(zip(axes, metrics, strict=False)):
-            _final_panel(panel, results, metric)
+            _final_panel(panel, results, metric, arms)
             panel.set_yticks(range(len(arms)), arms if i % columns == 0 else [""] * len(arms))
             panel.set_ylim(len(arms) - 0.4, -0.6)
         for panel in axes[len(metrics) :]:
             panel.set_visible(False)
-        return _svg(figure, f"Last value of {', '.join(metrics)} for every run, by arm")
+        return Picture(figure, f"Last value of {', '.join(metrics)} for every run, by arm").svg
 
 
-def _final_panel(panel: "Axes", results: "Results", metric: str) -> None:
+def _final_panel(panel: "Axes", results: "Results", metric: str, arms: Sequence[str]) -> None:
     """Draws one metric: arms from top to bottom."""
     seen: list[float] = []
-    for i, arm in enumerate(results.experiment.arms):
+    for i, arm in enumerate(arms):
         values = [value for value in results.finals(arm, metric).values() if math.isfinite(value)]
         colour = COLOURS[i % len(COLOURS)]
         # Seeds stand a little above and below the line of their arm, so that equal ones can be told apart.
@@ -204,4 +183,4 @@ def _final_panel(panel: "Axes", results: "Results", metric: str) -> None:
     panel.grid(axis="y", visible=False)
     if "loss" in metric and seen and min(seen) > 0 and max(seen) > 8 * min(seen):
         panel.set_xscale("log")
-        _plain_log_ticks(panel.xaxis)
+        plain_log_ticks(panel.xaxis)

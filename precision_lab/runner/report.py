@@ -1,10 +1,10 @@
-"""Reports: `report.html`, `report.md`, `results.csv` and `verdicts.json`, all from the same results."""
+"""Reports: `report.html`, `report.md`, `table.csv`, `table.tex`, `results.csv` and `verdicts.json`, from one source."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from precision_lab.runner import html, markdown
+from precision_lab.runner import html, latex, markdown
 from precision_lab.runner.atomic import write_json, write_text
 from precision_lab.runner.metrics import encode_number
 
@@ -16,6 +16,7 @@ _WRITERS: dict[str, Callable[["Results"], str]] = {
     ".html": html.page,
     ".md": markdown.page,
     ".csv": markdown.runs_csv,
+    ".tex": latex.table,
 }
 
 
@@ -26,7 +27,7 @@ def write_report(results: "Results", path: Path) -> Path:
     and `<!-- end of report -->`.
 
     Raises:
-      ValueError: a file name that ends in something else than .html, .md or .csv; a Markdown file that exists and
+      ValueError: a file name that ends in something else than .html, .md, .csv or .tex; a Markdown file that exists and
         has no such lines.
     """
     if path.suffix == ".md" and path.is_file():
@@ -37,10 +38,12 @@ def write_report(results: "Results", path: Path) -> Path:
         write_text(path, _WRITERS[path.suffix](results))
         return path
     if path.suffix and not path.is_dir() and path != results.folder:
-        raise ValueError(f"a report is written as .html, .md or .csv, or into a folder; got {str(path)!r}.")
+        raise ValueError(f"a report is written as .html, .md, .csv or .tex, or into a folder; got {str(path)!r}.")
     path.mkdir(parents=True, exist_ok=True)
     write_text(path / "report.html", html.page(results))
     write_text(path / "report.md", markdown.page(results))
+    write_text(path / "table.csv", markdown.table_csv(results))
+    write_text(path / "table.tex", latex.table(results))
     write_text(path / "results.csv", markdown.runs_csv(results))
     write_json(path / "verdicts.json", [_finite(verdict.to_dict()) for verdict in results.verdicts])
     return path / "report.html"

@@ -12,17 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 from precision_lab.runner.claim import Diverged, Term, Verdict
 from precision_lab.runner.claims import Claim
+from precision_lab.runner.clock import read_clock
 from precision_lab.runner.config import ExperimentConfig
 from precision_lab.runner.identity import run_id, semantic
 from precision_lab.runner.metrics import Series, encode_number
 from precision_lab.runner.rundir import RunDir, run_dir
 from precision_lab.runner.stats import Mean, mean_interval
 from precision_lab.runner.summary import flat
+from precision_lab.runner.tree import suggestion
 from precision_lab.training import AnyRun
 
 if TYPE_CHECKING:
     import pandas  # pyright: ignore[reportMissingImports]
 
+    from precision_lab.runner.drawing import Picture
     from precision_lab.runner.terminal import TextTable
 
 
@@ -36,6 +39,7 @@ class Trial:
       error: for a failed run, the last line of its traceback.
       envs: the different environments of its attempts, that of the last one last.
       series: every logged metric by its name, `split/metric`.
+      seconds: of training, by step; empty where no clock was kept.
     """
 
     arm: str
@@ -50,6 +54,7 @@ class Trial:
     envs: list[dict[str, Any]] = field(repr=False)
     series: dict[str, Series] = field(repr=False)
     duration_s: float | None = None
+    seconds: dict[int, float] = field(default_factory=dict, repr=False)
 
     def value(self, metric: str, reduce: str = "last", at: int | None = None) -> float | str:
         """Returns a metric reduced over the run, or at one step, or in words why there is none."""
@@ -114,22 +119,31 @@ class Results:
         self.experiment = experiment
         self.trials = list(trials)
         self.out = Path(out)
+        self._means: dict[tuple[str, str], Mean | None] = {}
 
     @property
     def folder(self) -> Path:
         """Where the report of the experiment lies."""
         return self.out / self.experiment.id
 
+    @cached_property
+    def _by_arm(self) -> dict[str, list[Trial]]:
+        """The runs of each arm, by seed."""
+        found: dict[str, list[Trial]] = {}
+        for one in self.trials:
+            found.setdefault(one.arm, []).append(one)
+        return found
+
     def trial(self, arm: str, seed: int) -> Trial:
         """Returns one run."""
-        for one in self.trials:
-            if one.arm == arm and one.seed == seed:
+        for one in self.of_arm(arm):
+            if one.seed == seed:
                 return one
         raise ValueError(f"no run of arm {arm!r} with seed {seed} in {self.experiment.name}.")
 
     def of_arm(self, arm: str) -> list[Trial]:
         """Returns the runs of one arm, by seed."""
-        return [one for one in self.trials if one.arm == arm]
+        return self._by_arm.get(arm, [])
 
     @cached_property
     def verdicts(self) -> list[Verdict]:
@@ -183,6 +197,17 @@ class Results:
         values = {one.seed: one.value(metric) for one in self.of_arm(arm)}
         return {seed: value for seed, value in values.items() if not isinstance(value, str)}
 
+    def mean(self, arm: str, metric: str) -> Mean | None:
+        """Returns the mean of a metric's last values over the seeds that finished, and its interval."""
+        if (arm, metric) not in self._means:
+            self._means[arm, metric] = mean_interval(list(self.finals(arm, metric).values()))
+        return self._means[arm, metric]
+
+    @cached_property
+    def bits(self) -> dict[str, float | None]:
+        """True bits per parameter of each arm, as `convert` stores its model; None where that cannot be told."""
+        return {arm: _bits(next(iter(runs.values()))) for arm, runs in self.experiment.runs.items()}
+
     @property
     def exit_code(self) -> int:
         """0 if every run finished, 4 if some diverged, 3 if some failed or did not run."""
@@ -190,10 +215,12 @@ class Results:
         return 3 if states - {"done", "diverged"} else 4 if "diverged" in states else 0
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """Returns one plain mapping per run: arm, seed, run_id, state and the last value of every metric."""
+        """Returns one plain mapping per run: arm, point of the sweep, seed, run_id, state, last metrics."""
+        points = self.experiment.points
         return [
             {
-                "arm": one.arm, "seed": one.seed, "run_id": one.run_id, "state": one.state, "step": one.step,
+                "arm": one.arm, **points.get(one.arm, {}),
+                "seed": one.seed, "run_id": one.run_id, "state": one.state, "step": one.step,
                 **{name: series.values[-1] for name, series in sorted(one.series.items())},
             }
             for one in self.trials
@@ -213,18 +240,63 @@ class Results:
         }
 
     def frame(self) -> "pandas.DataFrame":
-        """Returns a pandas frame with one row per run.
+        """Returns a pandas frame with one row per run: arm, point of the sweep, seed, state, last metrics.
 
         Raises:
           ImportError: pandas is not installed.
         """
-        try:
-            import pandas  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise ImportError(
-                "frame() needs pandas: pip install 'precision-lab[notebook]'. Without it, to_dicts() has the same rows."
-            ) from None
-        return pandas.DataFrame(self.to_dicts())
+        return _pandas("frame()", "to_dicts()").DataFrame(self.to_dicts())
+
+    def metrics_frame(self) -> "pandas.DataFrame":
+        """Returns a pandas frame with one row per run and step, a column for each metric, as `split/metric`.
+
+        Raises:
+          ImportError: pandas is not installed.
+        """
+        pandas = _pandas("metrics_frame()", "trial(arm, seed).series")
+        rows: list[dict[str, Any]] = []
+        for one in self.trials:
+            label = {"arm": one.arm, **self.experiment.points.get(one.arm, {}), "seed": one.seed}
+            by_step: dict[int, dict[str, Any]] = {}
+            for name, series in one.series.items():
+                for step, value in zip(series.steps, series.values, strict=True):
+                    by_step.setdefault(step, {})[name] = value
+            rows += [{**label, "step": step, **by_step[step]} for step in sorted(by_step)]
+        return pandas.DataFrame(rows)
+
+    def plot(self, *metrics: str) -> "Picture":
+        """Returns the learning curves of metrics, the columns of the table if none is named; shows in a notebook.
+
+        Raises:
+          ValueError: a metric that no run logged.
+        """
+        from precision_lab.runner.plots import curve_picture
+
+        picture = curve_picture(self, self._logged(metrics or self.experiment.columns))
+        assert picture is not None, "some run logged each of the metrics"
+        return picture
+
+    def pareto(self, metric: str = "") -> "Picture":
+        """Returns true bits per parameter against a metric, by default the first column, with the frontier marked.
+
+        Raises:
+          ValueError: a metric that no run logged, or no arm with a number for both.
+        """
+        from precision_lab.runner.number_plots import pareto_picture
+
+        [name] = self._logged([metric or self.experiment.columns[0]])
+        picture = pareto_picture(self, name)
+        if picture is None:
+            raise ValueError(f"pareto({name!r}) needs a metric with a better direction and arms with finished runs.")
+        return picture
+
+    def _logged(self, metrics: Sequence[str]) -> list[str]:
+        """Returns metrics, after making sure that some run logged each of them."""
+        known = {name for one in self.trials for name in one.series}
+        for metric in metrics:
+            if metric not in known:
+                raise ValueError(f"no run logged {metric!r}{suggestion(metric, known, what='metrics')}")
+        return list(metrics)
 
     def table(self) -> "TextTable":
         """Returns the result table with intervals over seeds; prints as text, and shows in a notebook."""
@@ -232,15 +304,22 @@ class Results:
 
         return result_table(self)
 
-    def report(self, path: str | os.PathLike[str] | None = None) -> Path:
+    def report(self, path: str | os.PathLike[str] | None = None, *, look_inside: bool = False) -> Path:
         """Writes the report and returns where it is.
 
         Args:
-          path: an `.html`, `.md` or `.csv` file to write just that, a folder for all of them, None for the
+          path: an `.html`, `.md`, `.csv` or `.tex` file to write just that, a folder for all of them, None for the
             experiment's own folder.
+          look_inside: first load the final checkpoint of one run of each arm (of at most 16) for the heat map and the
+            histograms, which are kept; without it only what was looked into before is shown.
         """
+        from precision_lab.runner.insides import MOST_ARMS
+        from precision_lab.runner.insides import look_inside as look
+        from precision_lab.runner.plots import shown_arms
         from precision_lab.runner.report import write_report
 
+        if look_inside:
+            look(self, shown_arms(self, MOST_ARMS))
         return write_report(self, Path(path) if path is not None else self.folder)
 
     def __repr__(self) -> str:
@@ -257,6 +336,30 @@ class Results:
         from precision_lab.runner.html import fragment
 
         return fragment(self)
+
+
+def _pandas(what: str, instead: str) -> Any:
+    """Returns pandas.
+
+    Raises:
+      ImportError: it is not installed; says what to use in its place.
+    """
+    try:
+        import pandas  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        message = f"{what} needs pandas: pip install 'precision-lab[notebook]'. Without it, {instead} has the same."
+        raise ImportError(message) from None
+    return pandas
+
+
+def _bits(run: AnyRun) -> float | None:
+    """Returns the true bits per parameter of a run's model, None where its shapes cannot be traced."""
+    from precision_lab.training.size import bits_per_parameter
+
+    try:
+        return bits_per_parameter(run)
+    except Exception:  # A policy or model that cannot be traced is told so when it runs; a report does without.
+        return None
 
 
 def _row_json(row: Row) -> dict[str, Any]:
@@ -294,5 +397,5 @@ def _read_trial(arm: str, seed: int, config: AnyRun, run: RunDir) -> Trial:
     return Trial(
         arm=arm, seed=seed, config=config, run_id=run_id(config), path=run.path, state=status["state"], step=step,
         attempt=status.get("attempt", 0), error=status.get("error") or "", envs=run.envs(), series=series,
-        duration_s=summary.get("duration_s"),
+        duration_s=summary.get("duration_s"), seconds=read_clock(run.path),
     )  # fmt: skip

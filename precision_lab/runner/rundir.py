@@ -2,8 +2,9 @@
 
     runs/trials/<run_id>/   config.yaml env.json status.json metrics.jsonl checkpoints/ logs/ summary.json
 
-`config.yaml` is written before anything else and never changes; `metrics.jsonl` is the record; everything is replaced
-atomically, so a kill at any moment leaves a directory that the same command continues from.
+`config.yaml` is written before anything else, and the identity it describes never changes; `metrics.jsonl` is the
+record; everything is replaced atomically, so a kill at any moment leaves a directory that the same command continues
+from.
 """
 
 import os
@@ -158,13 +159,15 @@ class RunDir:
             )
 
     def prepare(self, config: AnyRun) -> None:
-        """Makes the directory of a run, if there is none, so that its configuration can be read from it.
+        """Makes the directory of a run, so that its configuration can be read from it.
+
+        What is no part of the run's identity, such as how often to save, is as `config` says from now on.
 
         Raises:
           ValueError: the directory belongs to another configuration.
         """
         self.refuse_other(config)
-        if not self.exists():
+        if not self.exists() or self.config() != config:
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.path / "config.yaml", config_text(config))
 

@@ -20,8 +20,10 @@ _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR
 class Preempted(SystemExit):
     """The process was asked to make room; as an exit, so that a script that does not catch it ends with code 75."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        """Names the signal that asked for it."""
         super().__init__(PREEMPTED_EXIT_CODE)
+        self.number = number
 
 
 class Stop:
@@ -60,7 +62,7 @@ class Stop:
     def handle(self, number: int, frame: Any) -> None:
         """What `signal.signal` wants."""
         if number != signal.SIGINT:
-            self.request(Preempted())
+            self.request(Preempted(number))
             return
         again = self.error is not None
         self.request(KeyboardInterrupt(), now=again)

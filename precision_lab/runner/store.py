@@ -18,6 +18,7 @@ from precision_lab.runner.identity import policy_name
 from precision_lab.runner.metrics import encode_number
 from precision_lab.runner.rundir import TRIALS, RunDir
 from precision_lab.runner.tree import suggestion
+from precision_lab.runner.yaml12 import parse_file
 
 INDEX = "index.sqlite"
 ARMS = "trials.json"
@@ -242,9 +243,8 @@ def entry(run: RunDir) -> dict[str, Any]:
 def _config(run: RunDir) -> dict[str, Any]:
     """Returns a run's configuration with dotted keys, as written and not validated; the policy by its name."""
     from precision_lab.runner.summary import flat
-    from precision_lab.runner.yaml12 import parse_quickly
 
-    found = flat(parse_quickly((run.path / "config.yaml").read_text(encoding="utf-8")))
+    found = flat(parse_file(run.path / "config.yaml")[0])
     return {**found, "policy": policy_name(str(found.get("policy", "")))}
 
 

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,12 @@ from typing import Any, Protocol
 
 from precision_lab.runner.disk import disk_full, is_disk_full
 from precision_lab.runner.environment import registered_code
+from precision_lab.runner.identity import plain
 from precision_lab.runner.parents import await_parent, start_from
 from precision_lab.runner.rundir import FINISHED, RunDir
 from precision_lab.runner.stopping import Preempted, Stop
+from precision_lab.runner.summary import flat
+from precision_lab.runner.trackers import Tracked, TrackedSink
 from precision_lab.training import AnyRun
 
 
@@ -49,6 +52,7 @@ def execute_trial(
     label: str,
     say: Callable[[str], None] = print,
     stop: Stop | None = None,
+    trackers: Sequence[str] = (),
     wait: bool = False,
 ) -> str:
     """Executes the run of a prepared directory, or takes it up where it was left, and returns the state it ends in.
@@ -62,6 +66,7 @@ def execute_trial(
       label: names the run in messages.
       say: receives one-line messages.
       stop: asks the run to save and end at a step.
+      trackers: names of what shows its metrics, see `precision_lab.runner.trackers`.
       wait: whether to wait for another process that executes it.
 
     Raises:
@@ -83,64 +88,73 @@ def execute_trial(
             raise (disk_full(run.path.parent) if is_disk_full(error) else error) from None
         progress.start_run(label, config.total_steps)
         try:
-            state = _attempt(run, config, attempt, progress, stop, label, say)
+            state = _Attempt(run, config, attempt, label, progress, stop, say, tuple(trackers)).execute()
         finally:
             progress.end_run(run.status()["state"])
     stop.end_run()
     return state
 
 
-def _attempt(
-    run: RunDir,
-    config: AnyRun,
-    attempt: int,
-    progress: Progress,
-    stop: Stop,
-    label: str,
-    say: Callable[[str], None],
-) -> str:
-    """Trains, writes down how that ended, and returns the state."""
-    state = "interrupted"
-    try:
-        state = _train(run, config, attempt, progress, stop)
-    except Preempted:
-        state = "preempted"
-        raise
-    except Exception as error:
-        state = "failed"
-        full = disk_full(run.path.parent) if is_disk_full(error) else None
-        log = _record_crash(run, attempt, error, full)
-        if full is not None:
-            raise full from None
-        say(f"{label} failed: {_last_line(error)} (see {log})")
-    finally:
-        if state in ("interrupted", "preempted"):
-            run.stop(state, attempt=attempt, error=None)
-    return state
+@dataclass(frozen=True)
+class _Attempt:
+    """One attempt at a run, whose directory this process holds."""
 
+    run: RunDir
+    config: AnyRun
+    number: int
+    label: str
+    progress: Progress
+    stop: Stop
+    say: Callable[[str], None]
+    trackers: tuple[str, ...]
 
-def _train(run: RunDir, config: AnyRun, attempt: int, progress: Progress, stop: Stop) -> str:
-    """Trains, keeps the record and the result, and returns the state."""
-    from precision_lab import training
+    def execute(self) -> str:
+        """Trains, writes down how that ended, and returns the state."""
+        state = "interrupted"
+        try:
+            state = self._train()
+        except Preempted:
+            state = "preempted"
+            raise
+        except Exception as error:
+            state = "failed"
+            full = disk_full(self.run.path.parent) if is_disk_full(error) else None
+            log = _record_crash(self.run, self.number, error, full)
+            if full is not None:
+                raise full from None
+            self.say(f"{self.label} failed: {_last_line(error)} (see {log})")
+        finally:
+            if state in ("interrupted", "preempted"):
+                self.run.stop(state, attempt=self.number, error=None)
+        return state
 
-    started = time.monotonic()
-    run.checkpoints.mkdir(exist_ok=True)
-    with run.beating(), _logging_to(run.log(attempt)), run.sink(attempt) as sink:
-        result = training.train(
-            config,
-            checkpoint_dir=run.checkpoints,
-            sink=sink,
-            on_step=progress.step,
-            should_stop=stop,
-            **start_from(run, config),
-        )
-    if result.status == "stopped":
-        return stop.state
-    found: dict[str, Any] = {"step": result.step, "metrics": result.metrics}
-    if result.status == "diverged":
-        found["last_finite_checkpoint"] = result.last_finite
-    run.finish(result.status, duration_s=round(time.monotonic() - started, 3), attempt=attempt, **found)
-    return result.status
+    def _train(self) -> str:
+        """Trains, keeps the record and the result, and returns the state."""
+        from precision_lab import training
+
+        started, run = time.monotonic(), self.run
+        run.checkpoints.mkdir(exist_ok=True)
+        with run.beating(), _logging_to(run.log(self.number)), self._sink() as sink:
+            result = training.train(
+                self.config, checkpoint_dir=run.checkpoints, sink=sink, on_step=self.progress.step,
+                should_stop=self.stop, **start_from(run, self.config),
+            )  # fmt: skip
+            state = self.stop.state if result.status == "stopped" else result.status
+            sink.end(state, result.metrics)
+        if result.status == "stopped":
+            return state
+        found: dict[str, Any] = {"step": result.step, "metrics": result.metrics}
+        if result.status == "diverged":
+            found["last_finite_checkpoint"] = result.last_finite
+        if sink.troubles:
+            found["trackers"] = sink.troubles
+        run.finish(state, duration_s=round(time.monotonic() - started, 3), attempt=self.number, **found)
+        return state
+
+    def _sink(self) -> TrackedSink:
+        """Returns where rows go."""
+        told = Tracked(self.run.id, self.label, self.run.path, flat(plain(self.config)))
+        return TrackedSink(self.run.sink(self.number), told, self.trackers)
 
 
 @contextmanager

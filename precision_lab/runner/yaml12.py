@@ -65,7 +65,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _QuickLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """As `_Loader`, through libyaml where PyYAML was built with it: ten times as fast, its messages less exact."""
+    """As `_Loader`, through libyaml where PyYAML was built with it: ten times as fast."""
 
     yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (PyYAML's own attribute)
 
@@ -110,7 +110,7 @@ def parse(text: str, source: str) -> tuple[Any, dict[Keys, Place]]:
       ValueError: not YAML, a duplicate key, a tag, a merge key, or an alias that contains itself.
     """
     try:
-        node = yaml.compose(text, Loader=_Loader)
+        node = _composed(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = Place(source, mark.line + 1 if mark else None)
@@ -123,17 +123,12 @@ def parse(text: str, source: str) -> tuple[Any, dict[Keys, Place]]:
     return value, places
 
 
-def parse_quickly(text: str) -> Any:
-    """Returns the value of a YAML document that `dump` wrote, as `parse` does.
-
-    Raises:
-      ValueError: not YAML that `dump` writes.
-    """
+def _composed(text: str) -> yaml.Node | None:
+    """Returns the nodes of a document; what libyaml refuses is left to PyYAML, whose messages say more."""
     try:
-        node = yaml.compose(text, Loader=_QuickLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"not valid YAML: {error}") from None
-    return None if node is None else _read(node, (), "", {}, ())
+        return yaml.compose(text, Loader=_QuickLoader)
+    except yaml.YAMLError:
+        return yaml.compose(text, Loader=_Loader)
 
 
 def parse_file(path: Path) -> tuple[Any, dict[Keys, Place]]:

@@ -20,6 +20,7 @@ from precision_lab.training.beginning import beginning, check_beginning
 from precision_lab.training.checkpointing import Checkpoints
 from precision_lab.training.config import RunConfig
 from precision_lab.training.evaluation import check_evaluations, evaluate, under_other_policies, weight_errors
+from precision_lab.training.lockstep import alone, in_lane
 from precision_lab.training.numbers import hyper
 from precision_lab.training.program import Program, check_program, program_for
 from precision_lab.training.state import NEVER, TrainState, all_finite
@@ -103,7 +104,7 @@ def train(
       DataError: a data file is missing or wrong.
     """
     dataset = _dataset(config.data)  # pyright: ignore[reportArgumentType] (frozen: hashable)
-    program = program_for(config, dataset.spec)
+    program = in_lane(program_for(config, dataset.spec))
     batches = data.batches(dataset, config.data, config.seed)
     with Checkpoints(checkpoint_dir, config) as checkpoints:
         restored = checkpoints.restore(program.state_shapes)
@@ -170,13 +171,13 @@ class _Run:
                 self._log(done, measured)
             last = done == steps or self._stops()
             if last or done in self._config.train.eval_at or self._due(done, self._config.train.eval_every):
-                self._evaluate(done, state)
+                self._evaluate(done, alone(state))
                 last = last or self._stops()
             if last or self._due(done, self._config.train.checkpoint_every):
-                self._save(done, state)
+                self._save(done, alone(state))
             on_step(done, self._metrics.get("train/loss", math.nan))
             if not last and should_stop():
-                self._save(done, state)
+                self._save(done, alone(state))
                 return RunResult("stopped", done, dict(self._metrics))
         return self._result(done)
 

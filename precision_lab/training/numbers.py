@@ -99,6 +99,7 @@ class Hyper(NamedTuple):
 
 def hyper(config: RunConfig) -> Hyper:
     """Returns the numbers that `config` passes to its step."""
+    config = _as_trained(config)
     shift = config.train.loss_shift
     optim = {name: value for name, value in _numbers(config, "optim").items() if name != "lr"}
     decays = {name: Decay.of(value) for name, value in optim.items() if name in ("b1", "b2")}
@@ -116,21 +117,23 @@ def static_part(config: RunConfig) -> RunConfig:
     """Returns `config` with everything at a fixed value that is an argument, or that no compiled function sees."""
     values = {name: getattr(config.train, name) for name in _OF_THE_LOOP if name in type(config.train).model_fields}
     train = {name: _OF_THE_LOOP[name] for name, value in values.items() if _is_loops(name, value)}
-    optim = _fixed(config, "optim")
-    if config.train.steps == 0:  # Nothing is trained, whatever the optimizer, and a schedule of no steps cannot be.
-        optim = SGDConfig(lr=1.0)
-    if not isinstance(optim.schedule, ConstantSchedule):
+    config = _as_trained(config)
+    if not isinstance(config.optim.schedule, ConstantSchedule):
         del train["steps"]
     return config.model_copy(
         update={
             "seed": 0,
             "policy": str(policy_apart(config.policy).policy),
             "train": config.train.model_copy(update=train),
-            "optim": optim,
-            "loss_scale": _fixed(config, "loss_scale"),
+            **{part: _fixed(config, part) for part in _FIXED},
             **_BEFORE_AND_BESIDE,
         }
     )
+
+
+def _as_trained(config: RunConfig) -> RunConfig:
+    """Returns `config`, with the simplest optimizer if it trains nothing: a schedule of no steps cannot be built."""
+    return config if config.train.steps else config.model_copy(update={"optim": SGDConfig(lr=1.0)})
 
 
 @functools.lru_cache(maxsize=1024)

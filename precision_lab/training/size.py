@@ -1,8 +1,16 @@
 """How large a run is, told from shapes: nothing is compiled and nothing is allocated."""
 
-import jax
+import functools
 
-from precision_lab import data
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from precision_lab import data, models
+from precision_lab.models import DataSpec, ModelConfig
+from precision_lab.nn.storage import bytes_under
+from precision_lab.policy import Policy
 from precision_lab.training import AnyRun, ProbeRun, checkpointing
 from precision_lab.training.program import program_for
 
@@ -28,3 +36,33 @@ def disk_bytes(config: AnyRun) -> int:
     evaluations = 2 * (2 + (train.steps // train.eval_every if train.eval_every else 0))
     rows = evaluations + train.steps // train.log_every
     return min(saves, checkpointing._KEPT) * state_bytes(config) + _ROW_BYTES * rows
+
+
+def bits_per_parameter(config: AnyRun) -> float | None:
+    """Returns the true bits per parameter of a run's model, stored as `convert` stores it under the run's policy.
+
+    Scales, zero points and padding count; what nothing but quantized products and lookups use is stored quantized, and
+    the rest as the policy stores parameters. None for a probe, which has no model.
+    """
+    if isinstance(config, ProbeRun):
+        return None
+    spec = config.data.spec() or data.load(config.data).spec
+    return _bits(config.model, spec, config.policy)  # pyright: ignore[reportArgumentType] (frozen: hashable)
+
+
+@functools.lru_cache(maxsize=1024)
+def _bits(model: ModelConfig, spec: DataSpec, policy: str) -> float:
+    """Returns the bits of a model's parameters under a policy, over their number."""
+    found: list[float] = []
+
+    def trace() -> int:
+        built = models.build(model, spec, 0)
+        built.eval()
+        dtype = jnp.float32 if spec.task == "classification" else jnp.int32
+        taken = bytes_under(built, Policy.parse(policy), None, (jnp.zeros((2, *spec.input_shape), dtype),), {})
+        count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(nnx.state(built, nnx.Param)))
+        found.append(8 * sum(taken.values()) / count)
+        return 0
+
+    jax.eval_shape(trace)  # Shapes are all that counts, so that a model of any size takes no memory.
+    return found[0]

@@ -15,11 +15,12 @@ import typer
 from flax import nnx
 from typer.testing import CliRunner
 
-from precision_lab.bench import quant, quant_arms
+from precision_lab.bench import quant, quant_arms, quant_sweep
 from precision_lab.bench.arms import compiled_anew, traced_anew
 from precision_lab.bench.interleaved import Timing
 from precision_lab.bench.quant_arms import PROBLEMS, SMALL, inference, steps
 from precision_lab.cli import bench
+from precision_lab.nn import apply_policy
 from precision_lab.rewrite import is_qtensor
 from tests.jaxprs import products
 
@@ -127,6 +128,21 @@ def test_qwix_stores_codes_for_inference(model):
     assert stored.count("int4") == LINEARS[model]
 
 
+@pytest.mark.parametrize("model", SMALL)
+def test_check_24_a_sweep_of_seven_widths_is_one_program_whose_losses_are_those_of_each_width(model, monkeypatch):
+    """Bit for bit, also for the width that the other arm has in its policy."""
+    arms = {name: make() for name, make in quant_sweep.sweeps(SMALL[model]).items()}
+    one, seven = arms[quant_sweep.ONE], arms[quant_sweep.SEVEN]
+    step, traces = jax.jit(seven.step), []
+    monkeypatch.setattr(quant_sweep, "apply_policy", lambda *args, **kw: traces.append(1) or apply_policy(*args, **kw))
+
+    losses = [float(step(seven.state, quant_sweep.with_width(seven.batch, b))[1]) for b in quant_sweep.WIDTHS]
+
+    assert len(traces) == step._cache_size() == 1
+    assert losses[quant_sweep.WIDTHS.index(4)] == float(jax.jit(one.step)(one.state, one.batch)[1])
+    assert len(set(losses)) == 7
+
+
 def test_a_compilation_that_is_timed_is_one():
     """JAX keeps lowered and compiled programs, so that a second `lower().compile()` took a tenth of a millisecond."""
     compiled = []
@@ -156,6 +172,9 @@ def instant(monkeypatch):
     monkeypatch.setattr(quant, "steps", lambda problem: {name: lambda: None for name in steps(problem)})
     monkeypatch.setattr(quant, "inference", lambda problem: {name: lambda: None for name in inference(problem)})
     monkeypatch.setattr(quant, "_prepared", prepared)
+    monkeypatch.setattr(quant, "sweeps", lambda problem: {name: lambda: None for name in quant_sweep.sweeps(problem)})
+    sweep = {quant_sweep.PREPARED: Timing(quant_sweep.PREPARED[0], 1.0, 1.1, 1.0, 1.2)}
+    monkeypatch.setattr(quant_sweep, "prepared", lambda problem: sweep)
 
 
 @pytest.mark.usefixtures("instant")

@@ -4,7 +4,7 @@ as its script. What it prints is the same everywhere; numbers that depend on the
 After a change of a script, from the root:
 
     jupytext --sync notebooks/01_formats.py
-    PYTHONPATH=$PWD jupyter execute --inplace --NotebookClient.record_timing=False \\
+    PYTHONPATH=$PWD jupyter execute --inplace --NbClientApp.record_timing=False \\
       --NotebookClient.coalesce_streams=True notebooks/01_formats.ipynb
 """
 
@@ -31,8 +31,9 @@ def printed(notebook):
 
 
 def pictures(notebook):
-    """Returns how many pictures a notebook shows."""
-    return sum("image/png" in out.get("data", {}) for out in outputs(notebook))
+    """Returns how many pictures a notebook shows: matplotlib's own, and those of reports."""
+    shown = [out.get("data", {}) for out in outputs(notebook)]
+    return sum("image/png" in data or "<svg" in "".join(data.get("text/html", "")) for data in shown)
 
 
 @by_script

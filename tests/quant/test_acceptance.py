@@ -10,7 +10,10 @@ from pathlib import Path
 TESTS = Path(__file__).parents[1]
 
 JAX = {
-    1: ["quant/test_qtensor.test_int8_codes_and_scale_worked_by_hand"],
+    1: [
+        "quant/test_qtensor.test_int8_codes_and_scale_worked_by_hand",
+        "policy/test_qwix.test_check_1_values_are_those_of_qwix",
+    ],
     2: ["quant/test_qtensor.test_ties_go_to_even_or_away"],
     3: ["quant/test_qtensor.test_plus_and_minus_the_largest_have_codes_of_equal_magnitude"],
     4: [
@@ -19,6 +22,7 @@ JAX = {
     ],
     5: [
         "quant/test_degenerate.test_a_nan_or_infinity_is_seen_in_its_channel_and_in_no_other",
+        "quant/test_degenerate.test_nonfinite_numbers_raise_if_that_is_asked_for",
         "quant/test_observers.test_bad_numbers_are_counted_and_left_out",
     ],
     6: ["quant/test_qtensor.test_bfloat16_has_the_codes_of_float32"],
@@ -66,6 +70,7 @@ JAX = {
     24: [
         "quant/test_sweep.test_a_sweep_over_widths_compiles_once",
         "nn/test_traced_numbers.test_check_24_a_sweep_of_seven_widths_is_one_program_and_each_is_bit_for_bit_itself",
+        "bench/test_quant.test_check_24_a_sweep_of_seven_widths_is_one_program_whose_losses_are_those_of_each_width",
     ],
     25: [
         "quant/test_sweep.test_vmapped_traced_and_static_quantizers_agree",
@@ -81,7 +86,10 @@ JAX = {
     28: [
         "quant/test_checks.test_a_quantizing_policy_leaves_parameters_as_they_are",
         "nn/test_apply_policy.test_an_nnx_model_keeps_its_variables_paths_and_class",
-        "quant/test_qtensor.test_orbax_gives_back_the_same_bits",
+        "nn/test_quantized_checkpoints.test_a_quantized_nnx_model_comes_back_from_a_checkpoint_with_the_same_outputs",
+        "nn/test_quantized_checkpoints.test_a_quantized_linen_model_comes_back_with_the_same_outputs",
+        "nn/test_quantized_checkpoints."
+        "test_a_model_under_a_quantizing_policy_has_the_parameters_and_optimizer_state_of_the_plain_one",
     ],
     29: [
         "formats/test_codebooks.test_nf4_levels_are_the_published_ones_bit_for_bit",
@@ -108,11 +116,9 @@ JAX = {
     ],
 }
 OPEN_JAX = {
-    1: "no compat='qwix': full_clipped has its scale, but nothing compares 1e5 values with it",
-    5: "on_nonfinite='raise' does not exist; observers count",
-    24: "one program, of functions; how long it takes, and its steps, beside one width has no row in bench quant",
+    1: "max diff 0 but at ties, which the last place of XLA's division decides for Qwix; runs where Qwix is installed",
+    24: "one program, of functions; bench quant has its rows, and the committed result is from before them",
     26: "in the committed result of bench quant; the targets that suppose AMX were not judged, and some are missed",
-    28: "of parameters and of stored arrays, not of a quantized model's checkpoint",
 }
 
 ARRAYS = {
@@ -125,6 +131,10 @@ ARRAYS = {
     4: ["quant/test_errors.test_affine_int4_beats_nf4_in_blocks_below_128_only"],
     5: ["quant/test_errors.test_nf4_loses_on_uniform_data_and_wins_on_heavy_tails"],
     6: ["quant/test_errors.test_codes_are_not_used_equally"],
+    7: [
+        "quant/test_fitting.test_check_7_the_best_sixteen_levels_beat_nf4_by_five_percent",
+        "quant/test_fitting.test_check_7_for_absolute_errors_nf4_is_as_good_as_any",
+    ],
     8: ["quant/test_errors.test_double_quantization_costs_an_eighth_of_a_bit_and_next_to_no_error"],
     9: ["quant/test_misread.test_the_mean_largest_magnitude_of_a_block"],
     10: ["quant/test_errors.test_int8_per_tensor_and_in_blocks_of_64"],
@@ -136,7 +146,13 @@ ARRAYS = {
     16: ["quant/test_degenerate.test_a_constant_is_exact_where_the_grid_has_its_end"],
     17: ["quant/test_degenerate.test_a_single_outlier_is_clipped_by_one_scheme_only"],
     18: ["quant/test_fake_equals_real.test_fake_quantization_is_what_is_stored_and_read_again"],
-    19: ["quant/test_qtensor.test_affine_codes_are_those_of_the_formula"],
+    19: [
+        "quant/test_qtensor.test_affine_codes_are_those_of_the_formula",
+        "quant/test_torchao.test_check_19_codes_by_reciprocals_differ_at_ties_alone",
+        "quant/test_torchao.test_check_19_codes_are_those_of_torchao",
+        "quant/test_torchao.test_check_19_nf4_codes_are_those_of_the_formula_of_bitsandbytes",
+        "quant/test_torchao.test_check_19_nf4_bytes_are_those_of_torchao",
+    ],
     20: ["quant/test_observers.test_the_best_clip_of_a_normal_distribution"],
     21: ["quant/test_observers.test_calibrations_on_a_normal_distribution"],
     22: ["quant/test_observers.test_calibrations_on_a_normal_distribution"],
@@ -155,6 +171,8 @@ ARRAYS = {
     27: [
         "quant/test_low_bit.test_checks_26_and_27_twn_lies_between_b158_and_the_optimum",
         "quant/test_errors.test_the_best_ternary_scale_beats_the_mean_and_reaches_the_optimum",
+        "quant/test_fitting.test_check_27_the_best_ternary_scale_is_no_worse_than_twn_and_that_than_the_mean",
+        "quant/test_fitting.test_check_27_two_bits_at_their_best_are_no_worse_than_greedy_ones",
     ],
     35: ["ptq/test_bias_correction.test_after_correction_no_output_channel_is_off_on_average"],
     36: ["ptq/test_bias_correction.test_expected_activations_agree_with_samples"],
@@ -178,25 +196,23 @@ ARRAYS = {
     45: [
         "quant/test_misread.test_weights_in_bfloat16_are_nearly_all_exact_in_float16",
         "quant/test_misread.test_a_cast_to_float16_overflows_at_65520_and_flushes_below_half_the_smallest",
+        "quant/test_misread.test_what_a_cast_to_float16_loses_is_counted",
         "quant/test_misread.test_every_float16_is_within_two_to_the_minus_eight_in_bfloat16",
     ],
     46: ["quant/test_checks.test_block_formats_on_normal_numbers"],
+    47: ["quant/test_misread.test_an_outlier_is_beyond_the_block_scales_of_nvfp4_without_a_second_level"],
     48: [
         "formats/test_memory.test_weights_take_the_well_known_figures",
         "quant/test_qtensor.test_bytes_are_counted_by_hand_and_really_stored",
     ],
     49: ["quant/test_errors.test_error_against_true_bits"],
+    51: ["ptq/test_seeds.test_one_seed_is_one_report_and_another_changes_what_is_drawn_alone"],
     52: ["quant/test_errors.test_finer_granularity_errs_less_on_average"],
 }
 OPEN_ARRAYS = {
-    7: "no search for the best codebook",
-    19: "affine codes by the formula; reciprocal products are not ours, so not bitsandbytes' vectors",
-    27: "of ternary scales; the optimal two-bit scale against the greedy terms is missing",
-    35: "means of channels vanish to the rounding of their float32 sums, 5e-6, not 1e-6; not the note's own data",
-    45: "values of a cast to float16; no test of their counts here",
-    47: "NVFP4 has two levels only; no format has one level of float8 scales",
-    50: "an experiment, not a test",
-    51: "an experiment, not a test",
+    19: "we divide, so no reciprocal mode: codes differ from it at ties alone; torchao's where it is installed",
+    35: "the law, not the decibels of the notes, whose data are not given: their kind has 17-18 before, 19-20 after",
+    50: "an experiment of three orders, four widths and three seeds, whose model and data the notes do not give",
 }
 
 

@@ -301,4 +301,7 @@ def test_the_folder_of_results_is_an_experiment_itself(training, tmp_path):
     assert training.trained == []
     assert again.experiment == results.experiment
     names = {path.name for path in results.folder.iterdir()}
-    assert names == {"experiment.yaml", "report.html", "report.md", "results.csv", "trials.json", "verdicts.json"}
+    assert names == {"experiment.yaml", "report.html", "report.md", "results.csv", "trials.json", "verdicts.json"} | {
+        "table.csv",
+        "table.tex",
+    }

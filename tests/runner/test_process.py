@@ -10,7 +10,7 @@ import pytest
 
 from precision_lab import runner
 from precision_lab.runner import execute, executors
-from precision_lab.runner.executors.process import ending
+from precision_lab.runner.executors import remote
 from tests.runner.commands import EXPERIMENT, lines, rows, session, start, states, wait_for
 from tests.runner.fakes import EXPERIMENT as TOY
 
@@ -81,16 +81,26 @@ def test_executors_that_are_not_there_or_cannot_do_so_much_are_refused():
         executors.get("serial", 2)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         executors.get("process", 0)
+    with pytest.raises(ValueError, match="'process' has no options, got 'a=1'"):
+        executors.get("process:a=1")
+
+
+@pytest.mark.parametrize(("name", "package"), [("ray", "ray"), ("slurm", "submitit")])
+def test_an_executor_whose_package_is_missing_says_what_to_install(monkeypatch, name, package):
+    monkeypatch.setattr(executors, "find_spec", lambda _: None)
+
+    with pytest.raises(ValueError, match=rf"needs {package}: pip install 'precision-lab\[{name}\]'"):
+        executors.get(name)
 
 
 def test_what_a_script_registers_itself_is_refused(training, monkeypatch):
     planned = execute.plan(runner.load(TOY), Path("runs"))[0]
-    monkeypatch.setattr(executors, "registered_modules", lambda config: ["__main__"])
+    monkeypatch.setattr(remote, "registered_modules", lambda config: ["__main__"])
 
     with pytest.raises(ValueError, match=r"registered by the script itself.*--import MODULE"):
-        executors.modules_to_import(planned)
+        remote.modules_to_import(planned)
 
 
 def test_the_end_of_a_process_is_said_in_words():
-    assert ending(9) == "its process ended with exit code 9"
-    assert ending(-9) == "its process was killed by SIGKILL"
+    assert remote.ending(9) == "its process ended with exit code 9"
+    assert remote.ending(-9) == "its process was killed by SIGKILL"

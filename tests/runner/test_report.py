@@ -6,6 +6,7 @@ import json
 import math
 import re
 import statistics
+import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
 import pytest
@@ -147,6 +148,8 @@ def test_the_page_fetches_nothing_and_runs_nothing(results):
     text = html_of(results)
     page = Page(text)
 
+    for svg in re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL):
+        ET.fromstring(svg.replace("xlink:href", "href"))
     assert page.fetches == [] or all(name == "href" and value.startswith("#") for _, name, value in page.fetches)
     assert not {"script", "link", "iframe", "img", "object", "embed"} & set(page.tags)
     assert "@import" not in text
@@ -167,7 +170,7 @@ def test_the_page_has_everything_a_reader_looks_for(results):
     page = Page(html_of(results))
     text = "".join(page.text)
 
-    assert page.tags.count("svg") == 3  # curves, every run, what the numbers did
+    assert page.tags.count("svg") == 4  # curves over steps and over time, every run, what the numbers did
     assert "1 of 1 claims reproduced" in text
     assert "Some & Others 2018" in text
     assert "diverges" in text
@@ -214,7 +217,7 @@ def test_a_curve_with_holes_can_be_drawn(training, value):
 def test_one_file_or_all_of_them(results, tmp_path):
     assert results.report(tmp_path / "a" / "x.md").read_text().startswith("# toy")
     assert results.report(tmp_path / "all") == tmp_path / "all" / "report.html"
-    with pytest.raises(ValueError, match=r"written as \.html, \.md or \.csv.*'.*report\.pdf'"):
+    with pytest.raises(ValueError, match=r"written as \.html, \.md, \.csv or \.tex.*'.*report\.pdf'"):
         results.report(tmp_path / "report.pdf")
 
 

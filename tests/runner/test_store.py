@@ -12,7 +12,6 @@ from precision_lab import runner
 from precision_lab.runner.query import export, query, save
 from precision_lab.runner.rundir import all_runs
 from precision_lab.runner.store import INDEX, Store, quoted_names
-from precision_lab.runner.yaml12 import parse, parse_quickly
 from tests.runner.fakes import EXPERIMENT
 
 OUT = Path("runs")
@@ -191,11 +190,6 @@ def test_arms_say_which_run_serves_what(results):
     assert {(row["experiment"], row["arm"], row["seed"], row["run_id"]) for row in arms} == {
         (results.experiment.id, one.arm, one.seed, one.run_id) for one in results.trials
     }
-
-
-def test_quick_parsing_is_parsing(results):
-    for text in [(run.path / "config.yaml").read_text() for run in all_runs(OUT)] + ['a: "1e-3"\nb: [1e-3, x, ~]\n']:
-        assert parse_quickly(text) == parse(text, "t")[0]
 
 
 def test_a_query_reads_every_record(results):

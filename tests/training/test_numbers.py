@@ -147,7 +147,7 @@ def assert_same_bits(a, b):
 @pytest.mark.parametrize("policy", [W4, "weight=int3@channel,activation=int8@token", "weight=int2;head/**:weight=int8"])
 def test_traced_numbers_train_to_the_bits_of_static_ones(policy):
     one = config(policy=policy, optim={"kind": "adam", "lr": 1e-2, "b1": 0.8})
-    model = programs.model_under(one.model, SPEC, Policy.parse(policy))
+    model = programs.model_under(one, SPEC, Policy.parse(policy))
     alone = jax.jit(lambda s, b, n: programs._step(one, model, s, b, n._replace(quantizers={})))
 
     found = steps_of(program_for(one, SPEC), one)

@@ -10,7 +10,13 @@ import pytest
 from precision_lab import runner
 from precision_lab.runner.known import metric_names
 from precision_lab.training import ProbeRun, train
-from precision_lab.training.probes import DotProductConfig, ProbeConfig, register_probe
+from precision_lab.training.probes import (
+    DotProductConfig,
+    LeastSquaresConfig,
+    ProbeConfig,
+    least_squares,
+    register_probe,
+)
 from precision_lab.training.probes.dot_product import measure, operands
 from tests.training.runs import BASE, MemorySink
 
@@ -21,6 +27,51 @@ def in_bfloat16(left, right):
     for k in range(left.shape[1]):
         total = (total.astype(np.float32) + left[:, k] * right[:, k]).astype(ml_dtypes.bfloat16)
     return total.astype(np.float64)
+
+
+def student(config, seed, dtype):
+    """The weights after SGD in NumPy, every step computed in float64 and rounded to `dtype` once."""
+    _, inputs, targets = (np.asarray(x, np.float64) for x in least_squares.data(config, seed))
+    weights = np.zeros(config.dimension, dtype)
+    for x, y in zip(inputs, targets, strict=True):
+        wide = weights.astype(np.float64)
+        weights = (wide - config.lr * x.T @ (x @ wide - y) / config.batch).astype(dtype)
+    return weights.astype(np.float64)
+
+
+@pytest.mark.parametrize(
+    ("update", "dtype", "tol"), [("float32", np.float64, 1e-4), ("nearest", ml_dtypes.bfloat16, 1e-3)]
+)
+def test_least_squares_ends_where_a_numpy_loop_does(update, dtype, tol):
+    config = LeastSquaresConfig(update=update, steps=300)
+    teacher = np.asarray(least_squares.data(config, 2)[0], np.float64)
+
+    measured = least_squares.measure(config, 2)
+
+    expected = np.sum((student(config, 2, dtype) - teacher) ** 2)
+    assert measured["error"] == pytest.approx(expected, rel=tol)
+
+
+def test_float32_least_squares_has_the_error_that_theory_gives():
+    """SGD on half the mean squared error settles at lr * noise**2 * d / (2 * batch), for small lr; two errors."""
+    config = LeastSquaresConfig(update="float32", dimension=50, steps=3000, batch=16)
+
+    errors = [least_squares.measure(config, seed)["error"] for seed in range(4)]
+
+    assert np.mean(errors) == pytest.approx(0.01 * 0.25 * 50 / 32, rel=0.2)
+
+
+def test_weights_in_16_bits_end_at_the_teacher_unless_rounded_to_nearest():
+    """What is stored is off by half an ulp at most: for weights below 128 in bfloat16, 1/4 each."""
+    errors = {
+        update: least_squares.measure(LeastSquaresConfig(update=update), 0)
+        for update in ("master", "kahan", "stochastic", "nearest")
+    }
+
+    assert errors["master"]["error"] < 10 * 0.25**2
+    assert errors["kahan"]["error"] < 10 * 0.25**2
+    assert errors["nearest"]["error"] > 50 * errors["stochastic"]["error"]
+    assert all(0.5 < one["unchanged_fraction"] < 1 for one in errors.values())
 
 
 @pytest.mark.parametrize("distribution", ["zero_mean", "positive"])

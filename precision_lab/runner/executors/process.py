@@ -5,7 +5,6 @@ dies is marked failed, with the end of its output in its log.
 """
 
 import json
-import os
 import queue
 import signal
 import subprocess
@@ -18,14 +17,14 @@ from typing import Any
 
 from precision_lab.runner.disk import DiskFullError
 from precision_lab.runner.environment import cores
-from precision_lab.runner.executors import Context, modules_to_import
+from precision_lab.runner.executors import Context
+from precision_lab.runner.executors.remote import ending, environment, mark_crashed, modules_to_import
 from precision_lab.runner.parents import parent_of
-from precision_lab.runner.rundir import BusyError, RunDir
+from precision_lab.runner.rundir import RunDir
 from precision_lab.runner.trial import Planned
 
 _WORKER = "precision_lab.runner.executors.worker"
 _POLL_S = 0.2
-_TAIL_BYTES = 4000
 
 
 @dataclass
@@ -42,6 +41,9 @@ class Child:
     def output(self) -> Path:
         """Where its error output goes."""
         return _output(self.one.run)
+
+
+IN_WAVES = False
 
 
 def execute(pending: Sequence[Planned], context: Context) -> None:
@@ -105,6 +107,7 @@ class _Pool:
         path.parent.mkdir(exist_ok=True)
         words = [str(one.run.path), one.label, *(["--wait"] if wait else [])]
         words += [word for module in modules_to_import(one) for word in ("--import", module)]
+        words += [word for name in self._context.trackers for word in ("--tracker", name)]
         with path.open("wb") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", _WORKER, *words],
@@ -158,49 +161,12 @@ class _Pool:
         run, code = child.one.run, child.process.returncode
         asked = child.said or code == 0 or self._full
         if not asked and run.status()["state"] in ("queued", "stopped"):
-            self._context.say(f"{child.one.label} failed: {mark_crashed(child.one, ending(code))}")
+            self._context.say(f"{child.one.label} failed: {mark_crashed(child.one, ending(code), child.output)}")
         self._context.progress.end_run(run.status()["state"], run.id)
         if child.output.exists() and child.output.stat().st_size == 0:
             child.output.unlink()
 
 
-def environment() -> dict[str, str]:
-    """Returns the environment of a subprocess, which finds the modules that this process finds."""
-    path = os.pathsep.join(dict.fromkeys(str(Path(entry).absolute()) for entry in sys.path))
-    # Several processes share a GPU, and so no one may take all of its memory.
-    return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ, "PYTHONPATH": path}
-
-
-def ending(code: int) -> str:
-    """Returns in words how a process ended."""
-    if code >= 0:
-        return f"its process ended with exit code {code}"
-    names = {one.value: one.name for one in signal.Signals}
-    return f"its process was killed by {names.get(-code, f'signal {-code}')}"
-
-
-def mark_crashed(one: Planned, how: str) -> str:
-    """Notes that the process of a run died, the end of its output in the log; returns the reason in one line."""
-    try:
-        with one.run.claim(one.config, wait=False):
-            attempt = int(one.run.status().get("attempt", 0))
-            tail = _tail(_output(one.run))
-            with one.run.log(attempt).open("a", encoding="utf-8") as log:
-                log.write(f"{how}; the end of its output:\n{tail}\n")
-            last = (tail.strip().splitlines() or [""])[-1].strip()[:200]
-            reason = f"{how}; last line: {last}" if last else how
-            one.run.stop("failed", attempt=attempt, error=reason)
-            return f"{reason} (see {one.run.log(attempt)})"
-    except BusyError:  # Another command was quick to take it up again.
-        return how
-
-
 def _output(run: RunDir) -> Path:
     """Returns where the error output of a run's process goes."""
     return run.path / "logs" / "process.log"
-
-
-def _tail(path: Path) -> str:
-    """Returns the end of a file."""
-    content = path.read_bytes() if path.exists() else b""
-    return content[-_TAIL_BYTES:].decode(errors="replace")

@@ -6,6 +6,8 @@ from precision_lab.runner.executors import Context
 from precision_lab.runner.rundir import BusyError
 from precision_lab.runner.trial import Planned, execute_trial
 
+IN_WAVES = False
+
 
 def execute(pending: Sequence[Planned], context: Context) -> None:
     """Executes runs in turn; those that another process holds come last, and are waited for."""
@@ -26,5 +28,5 @@ def _execute(one: Planned, context: Context, *, wait: bool) -> None:
     one.run.prepare(one.config)
     execute_trial(
         one.run, env=context.env, progress=context.progress, label=one.label, say=context.say, stop=context.stop,
-        wait=wait,
+        trackers=context.trackers, wait=wait,
     )  # fmt: skip

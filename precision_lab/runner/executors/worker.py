@@ -56,7 +56,9 @@ class Channel:
         self.send(kind="say", line=line)
 
 
-def execute(run: RunDir, label: str, imports: Sequence[str], channel: Channel, *, wait: bool) -> str:
+def execute(
+    run: RunDir, label: str, imports: Sequence[str], trackers: Sequence[str], channel: Channel, *, wait: bool
+) -> str:
     """Executes a run in this process, with signals heard, and returns the state it ends in."""
     with stop_on_signals() as stop:
         for module in imports:
@@ -65,8 +67,9 @@ def execute(run: RunDir, label: str, imports: Sequence[str], channel: Channel, *
         from precision_lab.runner.trial import execute_trial
 
         return execute_trial(
-            run, env=fingerprint(), progress=channel, label=label, say=channel.say, stop=stop, wait=wait
-        )
+            run, env=fingerprint(), progress=channel, label=label, say=channel.say, stop=stop, trackers=trackers,
+            wait=wait,
+        )  # fmt: skip
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -75,13 +78,15 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("label")
     parser.add_argument("--import", dest="imports", action="append", default=[])
+    parser.add_argument("--tracker", dest="trackers", action="append", default=[])
     parser.add_argument("--wait", action="store_true")
     options = parser.parse_args(args)
     channel = Channel(os.fdopen(os.dup(1), "w"))
     os.dup2(2, 1)
     threading.Thread(target=_stop_when_alone, daemon=True).start()
     try:
-        execute(RunDir(options.directory), options.label, options.imports, channel, wait=options.wait)
+        run = RunDir(options.directory)
+        execute(run, options.label, options.imports, options.trackers, channel, wait=options.wait)
     except BusyError:
         channel.send(kind="busy")
     except DiskFullError as error:

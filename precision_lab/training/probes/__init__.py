@@ -10,10 +10,20 @@ from precision_lab.training.probes.config import (
     PROBES,
     AnyProbe,
     DotProductConfig,
+    LeastSquaresConfig,
     ProbeConfig,
     ProbeRun,
     RoundingErrorConfig,
     register_probe,
 )
 
-__all__ = ["PROBES", "AnyProbe", "DotProductConfig", "ProbeConfig", "ProbeRun", "RoundingErrorConfig", "register_probe"]
+__all__ = [
+    "PROBES",
+    "AnyProbe",
+    "DotProductConfig",
+    "LeastSquaresConfig",
+    "ProbeConfig",
+    "ProbeRun",
+    "RoundingErrorConfig",
+    "register_probe",
+]

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator
 
 from precision_lab import formats
-from precision_lab.models.fields import FrozenConfig, Int, PositiveInt
+from precision_lab.models.fields import FrozenConfig, Int, NotNegative, PositiveFloat, PositiveInt
 from precision_lab.models.registry import Builder, Registry
 from precision_lab.policy.accumulator import Accumulator
 from precision_lab.quant import Quantizer, quantizer
@@ -64,6 +64,29 @@ class DotProductConfig(ProbeConfig):
 _EXACT_MANTISSA_BITS = 11
 
 
+class LeastSquaresConfig(ProbeConfig):
+    """Least squares against a known teacher, by SGD on weights that are updated in 16 bits.
+
+    Attributes:
+      update: how weights take their steps: as float32, with a float32 master, rounded to nearest or at random, or
+        compensated; see `RunConfig`.
+      format: how weights are stored, but for "float32".
+      dimension: number of weights.
+      steps, batch, lr: of SGD.
+      noise: standard deviation of what is added to the targets.
+    """
+
+    measures: ClassVar[tuple[str, ...]] = ("error", "unchanged_fraction")
+    kind: Literal["least_squares"] = "least_squares"
+    update: Literal["float32", "master", "nearest", "stochastic", "kahan"] = "nearest"
+    format: Literal["bfloat16", "float16"] = "bfloat16"
+    dimension: PositiveInt = 10
+    steps: PositiveInt = 4000
+    batch: PositiveInt = 8
+    lr: PositiveFloat = 0.01
+    noise: NotNegative = 0.5
+
+
 class RoundingErrorConfig(ProbeConfig):
     """What a quantizer loses of random numbers.
 
@@ -95,6 +118,7 @@ class RoundingErrorConfig(ProbeConfig):
 PROBES: Registry[ProbeConfig] = Registry("probe", ProbeConfig)
 PROBES.register("dot_product", DotProductConfig, "precision_lab.training.probes.dot_product:measure")
 PROBES.register("rounding_error", RoundingErrorConfig, "precision_lab.training.probes.rounding_error:measure")
+PROBES.register("least_squares", LeastSquaresConfig, "precision_lab.training.probes.least_squares:measure")
 
 AnyProbe = Annotated[SerializeAsAny[ProbeConfig], BeforeValidator(PROBES.validate)]
 """Field type: a probe config of any registered kind."""

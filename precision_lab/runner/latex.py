@@ -1,0 +1,53 @@
+"""The result table for a paper: LaTeX with booktabs, best means in bold."""
+
+from typing import TYPE_CHECKING
+
+from precision_lab.runner.ranking import best_arms, bits_differ, bits_text
+from precision_lab.runner.summary import command
+
+if TYPE_CHECKING:
+    from precision_lab.runner.results import Results, Row
+    from precision_lab.runner.stats import Mean
+
+_SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+_SPECIAL |= {char: f"\\{char}" for char in "&%$#_{}"}
+
+
+def table(results: "Results") -> str:
+    """Returns a `table` environment that needs the package booktabs."""
+    experiment = results.experiment
+    bits = bits_differ(results)
+    best = {metric: best_arms(results, metric) for metric in experiment.columns}
+    heads = ["Arm", *(["Bits"] if bits else []), *(escape(name) for name in experiment.columns)]
+    lines = [
+        r"\begin{table}", r"  \centering", f"  % {command(results)}",
+        rf"  \begin{{tabular}}{{l{'r' * (len(heads) - 1)}}}", r"    \toprule",
+        f"    {' & '.join(heads)} \\\\", r"    \midrule",
+    ]  # fmt: skip
+    lines += [f"    {' & '.join(_cells(results, row, best, bits=bits))} \\\\" for row in results.rows]
+    seeds = f"{len(experiment.seeds)} seed{'s' if len(experiment.seeds) != 1 else ''}"
+    caption = f"{escape(experiment.name)}: mean over {seeds} $\\pm$ half of its 95\\,\\% interval (Student)."
+    lines += [r"    \bottomrule", r"  \end{tabular}", rf"  \caption{{{caption}}}", r"\end{table}"]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(results: "Results", row: "Row", best: dict[str, set[str]], *, bits: bool) -> list[str]:
+    """Returns one arm; what did not finish is shown, not left out."""
+    means = [_mean(cell.mean, bold=row.arm in best[metric]) for metric, cell in row.cells.items()]
+    note = f" ({escape(row.trouble_text())})" if row.troubles else ""
+    return [escape(row.arm) + note, *([bits_text(results.bits[row.arm])] if bits else []), *means]
+
+
+def _mean(mean: "Mean | None", *, bold: bool) -> str:
+    """Returns a mean in mathematics, a cross where there is none."""
+    if mean is None:
+        return r"$\times$"
+    text = mean.text().replace("±", r"\pm")
+    if "nan" in text or "inf" in text:
+        return text
+    return rf"$\mathbf{{{text}}}$" if bold else f"${text}$"
+
+
+def escape(text: str) -> str:
+    """Returns text in which no character is a command of LaTeX's."""
+    return "".join(_SPECIAL.get(char, char) for char in text)
