@@ -83,7 +83,7 @@ class Cell:
     Attributes:
       mean: over the finished runs.
       difference: to the baseline, paired by seed; None for the baseline itself.
-      expected: whether the arm logs such a metric, so that a mean that is not there is missing.
+      expected: whether the arm logs such a metric.
     """
 
     mean: Mean | None
@@ -186,11 +186,9 @@ class Results:
     def _cell(self, arm: str, metric: str) -> Cell:
         """Returns one metric of one arm."""
         own, base = self.finals(arm, metric), self.finals(self.experiment.baseline_arm, metric)
-        expected = metric in self.experiment.known_metrics([arm])
-        if arm == self.experiment.baseline_arm:
-            return Cell(mean_interval(list(own.values())), None, expected)
         paired = [own[seed] - base[seed] for seed in own if seed in base]
-        return Cell(mean_interval(list(own.values())), mean_interval(paired), expected)
+        difference = None if arm == self.experiment.baseline_arm else mean_interval(paired)
+        return Cell(mean_interval(list(own.values())), difference, metric in self.experiment.known_metrics([arm]))
 
     def finals(self, arm: str, metric: str) -> dict[int, float]:
         """Returns the last value of a metric by seed, for the runs that finished."""
