@@ -175,7 +175,7 @@ def _final_panel(panel: "Axes", results: "Results", metric: str, arms: Sequence[
         if mean and mean.half_width is not None:
             panel.hlines(i, mean.mean - mean.half_width, mean.mean + mean.half_width, color=colour, linewidth=1.2)
         missing = len(results.experiment.seeds) - len(values)
-        if missing:
+        if missing and results.rows[i].cells[metric].expected:
             panel.annotate(f"✗ {missing}", (1.01, i), xycoords=("axes fraction", "data"), va="center", color="#b42318")
         seen += values
     panel.set_title(metric)

@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from precision_lab.policy import PRESETS
 from precision_lab.runner.identity import plain, policy_name, run_id
 
 if TYPE_CHECKING:
     from precision_lab.runner.results import Results
+
+_FLOAT32 = str(PRESETS["float32"].policy)
 
 TIMELINES = ("train/loss_scale", "train/skipped_steps", "train/zero_grad_fraction", "train/unchanged_fraction")
 """What training logs about the numbers themselves; shown where some run logged it."""
@@ -49,7 +52,7 @@ def defaults(model: BaseModel, prefix: str = "") -> set[str]:
 
 def _flat_run(run: BaseModel) -> dict[str, Any]:
     """Returns a run's configuration with dotted keys, its policy by name if it has one."""
-    keys = flat(plain(run) | _start_in_words(run))
+    keys = flat(plain(run) | _start_in_words(run) | _evals_in_words(run) | _transforms_in_words(run))
     return {**keys, "policy": policy_name(keys["policy"])} if "policy" in keys else keys
 
 
@@ -59,6 +62,22 @@ def _start_in_words(run: BaseModel) -> dict[str, Any]:
     if start is None:
         return {}
     return {"start": {"arm": start.arm or run_id(start.run), **({"merge": True} if start.merge else {})}}
+
+
+def _evals_in_words(run: BaseModel) -> dict[str, Any]:
+    """Returns further policies without what they have in common with float32."""
+    evals = getattr(run, "evals", None) or {}
+    return {"evals": {name: policy_name(one).removeprefix(f"{_FLOAT32},") for name, one in evals.items()}}
+
+
+def _transforms_in_words(run: BaseModel) -> dict[str, Any]:
+    """Returns transforms with what is not their default, as `relu_rescale(first=..., exponent=6)`."""
+    found = []
+    for one in getattr(run, "transforms", ()):
+        implied = defaults(one) | {"kind"}
+        keys = ", ".join(f"{key}={value}" for key, value in plain(one).items() if key not in implied)
+        found.append(f"{one.kind}({keys})")
+    return {"transforms": " ".join(found)} if found else {}
 
 
 def flat(data: Any, prefix: str = "") -> dict[str, Any]:

@@ -157,6 +157,16 @@ def test_adapters_are_merged_where_there_are_any_and_nowhere_else(first, merge, 
     assert load({"a": first, "b": {"start": {"arm": "a", "merge": not merge}}}, claims=[]).size() == 4
 
 
+def test_tables_leave_cells_empty_where_an_arm_logs_no_such_metric(training):
+    arms = {"a": {}, "b": {"evals": {"half": "float16"}}}
+    experiment = {**CHAIN, "baseline": "", "arms": arms, "metrics": ["eval/loss", "eval_half/loss"], "seeds": [0]}
+
+    results, _ = run(experiment)
+
+    a, b = (row.cells["eval_half/loss"] for row in results.rows)
+    assert (a.text, b.text) == ("", "✗")  # the stand-in for training logs no such metric for b either
+
+
 def test_the_pool_of_processes_starts_no_run_before_the_one_it_begins_from_has_ended(tmp_path):
     experiment = runner.load(CHAIN)
     planned = execute.plan(experiment, tmp_path)

@@ -13,7 +13,17 @@ from precision_lab.training.probes.config import (
     LeastSquaresConfig,
     ProbeConfig,
     ProbeRun,
+    RoundingErrorConfig,
     register_probe,
 )
 
-__all__ = ["PROBES", "AnyProbe", "DotProductConfig", "LeastSquaresConfig", "ProbeConfig", "ProbeRun", "register_probe"]
+__all__ = [
+    "PROBES",
+    "AnyProbe",
+    "DotProductConfig",
+    "LeastSquaresConfig",
+    "ProbeConfig",
+    "ProbeRun",
+    "RoundingErrorConfig",
+    "register_probe",
+]

@@ -8,6 +8,7 @@ from precision_lab import formats
 from precision_lab.models.fields import FrozenConfig, Int, NotNegative, PositiveFloat, PositiveInt
 from precision_lab.models.registry import Builder, Registry
 from precision_lab.policy.accumulator import Accumulator
+from precision_lab.quant import Quantizer, quantizer
 
 
 class ProbeConfig(FrozenConfig):
@@ -86,8 +87,37 @@ class LeastSquaresConfig(ProbeConfig):
     noise: NotNegative = 0.5
 
 
+class RoundingErrorConfig(ProbeConfig):
+    """What a quantizer loses of random numbers.
+
+    Attributes:
+      quantizer: in the words of a policy's `weight`, such as `nf4@group64`.
+      distribution: "normal" is N(0, 1), "uniform" is U(-1, 1).
+      length: elements along the axis that groups lie along.
+      count: how many rows of so many.
+    """
+
+    measures: ClassVar[tuple[str, ...]] = ("relative_mse",)
+    kind: Literal["rounding_error"] = "rounding_error"
+    quantizer: str = "nf4@group64"
+    distribution: Literal["normal", "uniform"] = "normal"
+    length: PositiveInt = 4096
+    count: PositiveInt = 256
+
+    @field_validator("quantizer", mode="before")
+    @classmethod
+    def _canonical_quantizer(cls, value: Any) -> str:
+        if not isinstance(value, str | Quantizer):
+            raise ValueError(f"expected a quantizer such as nf4@group64, got {value!r}")
+        found = quantizer(value)
+        if found.rounding == "stochastic":
+            raise ValueError(f"{found} draws its rounding, for which a probe has no key; leave stochastic out")
+        return str(found)
+
+
 PROBES: Registry[ProbeConfig] = Registry("probe", ProbeConfig)
 PROBES.register("dot_product", DotProductConfig, "precision_lab.training.probes.dot_product:measure")
+PROBES.register("rounding_error", RoundingErrorConfig, "precision_lab.training.probes.rounding_error:measure")
 PROBES.register("least_squares", LeastSquaresConfig, "precision_lab.training.probes.least_squares:measure")
 
 AnyProbe = Annotated[SerializeAsAny[ProbeConfig], BeforeValidator(PROBES.validate)]
