@@ -41,7 +41,8 @@ class Accumulator:
       step: elements of a run.
       promote: elements after which the accumulator is promoted, a multiple of `step`; None for never.
       rounding: one of `ROUNDINGS`. The random bits of "stochastic" come from the operands: equal operands give equal
-        sums, and others are rounded independently of them.
+        sums, and others are rounded independently of them. Members of a vmap draw together, so that each is rounded
+        otherwise than it would be alone.
 
     Source: DeepSeek-AI, "DeepSeek-V3 Technical Report", 2024, arXiv:2412.19437, section 3.3.2: FP8 products on Hopper
       accumulate in about 14 bits and are promoted to float32 every 128 elements. Its section 3.5.2 has Hopper align
