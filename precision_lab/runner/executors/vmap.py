@@ -77,7 +77,10 @@ def _execute(one: Planned, context: Context, telling: threading.Lock) -> None:
     """Executes one run in its lane."""
     one.run.prepare(one.config)
     progress = _OfRun(context.progress, one.run.id, telling)
-    execute_trial(one.run, env=context.env, progress=progress, label=one.label, say=context.say, stop=context.stop)
+    execute_trial(
+        one.run, env=context.env, progress=progress, label=one.label, say=context.say, stop=context.stop,
+        trackers=context.trackers,
+    )  # fmt: skip
 
 
 def _next(ended: Any, context: Context) -> tuple[Planned, BaseException | None]:
