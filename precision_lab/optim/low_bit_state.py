@@ -32,6 +32,7 @@ NON_NEGATIVE = ("nu", "nu_max", "sum_of_squares")
 """Fields of optax's states that hold second moments."""
 
 _KINDS = ("tensor", "group")
+_SIGNED_SCHEMES = ("full", "full_clipped", "signed_max")
 _AROUND = (MasterWeightsState, KahanState, StochasticRoundingState, LossScaleState, optax.MultiStepsState)
 
 
@@ -143,7 +144,11 @@ def zero_second_moment_fraction(opt_state: Any) -> jax.Array:
 
 
 def unsigned(qz: Quantizer) -> Quantizer:
-    """Returns the quantizer of the same kind for values that are never negative, itself if there is none."""
+    """Returns the quantizer of the same kind for values that are never negative, itself if there is none.
+
+    Raises:
+      ValueError: its scheme is for signed integers alone.
+    """
     fmt = qz.format
     name = f"{fmt.name}_unsigned" if fmt.kind == "codebook" else f"u{fmt.name}" if fmt.kind == "int" else ""
     if fmt.kind == "int" and not fmt.signed:
@@ -154,6 +159,11 @@ def unsigned(qz: Quantizer) -> Quantizer:
         found = None
     if found is None:
         return qz
+    if qz.scheme in _SIGNED_SCHEMES:
+        raise ValueError(
+            f"low_bit_state: {qz} would store second moments, which are never negative, as {found.name}, but scheme "
+            f"{qz.scheme!r} is for signed integers. Leave the scheme out, or say 'affine'."
+        )
     scheme = None if qz.scheme == default_scheme(fmt) else qz.scheme
     return dataclasses.replace(qz, format=found, scheme=scheme)
 

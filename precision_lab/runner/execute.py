@@ -70,7 +70,8 @@ def check(experiment: ExperimentConfig, out: str | os.PathLike[str] = "runs") ->
         try:
             training.check(config)
         except ValueError as error:
-            key = "data" if str(error).startswith("data.") else "policy"
+            first = str(error).partition(".")[0]
+            key = first if first in ("data", "evals", "transforms") else "policy"
             raise ValueError(experiment.locate(arm, key, f"arm {arm!r}: {error}")) from None
     return planned
 

@@ -38,8 +38,10 @@ def _policies(config: RunConfig, other: RunConfig) -> Iterator[str]:
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the fields of a config by dotted path."""
+    """Yields the fields of a config by dotted path; of a part besides its fields that it is there, as it may not be."""
     if isinstance(value, BaseModel):
+        if path:
+            yield path, "given"
         value = {name: getattr(value, name) for name in type(value).model_fields}
     if not isinstance(value, Mapping):
         yield path, value

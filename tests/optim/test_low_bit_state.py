@@ -219,3 +219,10 @@ def test_an_optimizer_without_large_moments_is_refused():
     for tx, params in ((optax.sgd(1.0), PARAMS), (optax.adam(1.0), {"bias": PARAMS["bias"]})):
         with pytest.raises(ValueError, match=r"would change nothing.*4096 values"):
             low_bit_state(tx, "int8").init(params)
+
+
+def test_a_scheme_that_second_moments_cannot_have_is_refused_in_the_words_of_the_caller():
+    assert low_bit_state(optax.sgd(1.0, momentum=0.9), "int8@tensor,full").init(PARAMS)
+
+    with pytest.raises(ValueError, match=r"int8,full would store second moments.* as uint8.* Leave the scheme out"):
+        low_bit_state(optax.adam(1e-3), "int8@tensor,full").init(PARAMS)

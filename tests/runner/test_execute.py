@@ -194,6 +194,17 @@ def test_a_refused_arm_is_located_in_its_file(training, tmp_path):
         run(path)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("evals", {"half": "float16"}), ("transforms", [{"kind": "store", "format": "float16"}])]
+)
+def test_what_is_refused_besides_the_policy_is_located_where_it_is_given(training, key, value):
+    training.refused = {"float16": f"{key}.0: no."}
+    arms = {**EXPERIMENT["arms"], "float16": {"policy": "float16_mixed", key: value}}
+
+    with pytest.raises(ValueError, match=rf"arms\.float16\.{key}: arm 'float16': {key}\.0: no\."):
+        run({**EXPERIMENT, "arms": arms})
+
+
 def test_data_that_cannot_be_had_leaves_no_trace(training, tmp_path, monkeypatch):
     import precision_lab.data
 

@@ -36,6 +36,7 @@ def test_arms_that_differ_in_numbers_are_one_group():
         ({"optim": {"kind": "adam", "lr": 0.1}}, "optim.kind is adam, not sgd"),
         ({"optim": {"kind": "sgd", "lr": 0.1, "momentum": 0.9}}, "optim.momentum is 0.5, not 0.0"),
         ({"loss_scale": {"kind": "dynamic"}}, "loss_scale.kind is dynamic, not none"),
+        ({"lora": {"rank": 2}}, "lora is given, not nothing"),
     ],
 )
 def test_an_arm_apart_says_which_part_of_its_structure_differs(arm, reason):

@@ -1,12 +1,14 @@
 """Arms that begin where another arm ended."""
 
+from pathlib import Path
+
 import pytest
 
 from precision_lab import runner
 from precision_lab.runner import execute, executors
 from precision_lab.runner.executors import process
 from precision_lab.runner.identity import run_id
-from precision_lab.runner.rundir import RunDir
+from precision_lab.runner.rundir import BusyError, RunDir
 from precision_lab.runner.summary import varied
 from tests.runner.fakes import EXPERIMENT
 
@@ -183,4 +185,31 @@ def test_the_pool_of_processes_starts_no_run_before_the_one_it_begins_from_has_e
     assert after.label == "middle, seed 0"
     assert pool._next(planned[2:3], []) is not None  # what it begins from is not ours to run: the run itself will tell
     pool._children = [child]
-    assert pool._next([], [planned[1]]) is planned[1]
+    assert pool._next([], [planned[1]]) is None  # another command has left it, but its beginning is still going on
+    assert pool._next([], [planned[3]]) is planned[3]
+
+
+def test_the_pool_of_processes_waits_for_a_run_of_another_command_before_what_begins_from_it(tmp_path):
+    first, middle, *_ = execute.plan(runner.load({**CHAIN, "seeds": [0]}), tmp_path)
+    pool = process._Pool(executors.Context({}, None, print, None, jobs=2))
+
+    assert pool._next([middle], [first]) is first
+    pool._children = [process.Child(first, None)]
+    assert pool._next([middle], []) is None
+
+
+def test_what_begins_from_a_run_whose_process_has_died_is_not_tried_before_that_is_taken_up(training, monkeypatch):
+    """The other process holds the first run when its turn comes, and is gone when that of the next one comes."""
+    claim, first = RunDir.claim, execute.plan(runner.load({**CHAIN, "seeds": [0]}), Path("runs"))[0].run.id
+
+    def busy_once(self, config, *, wait):
+        if self.id == first and not wait:
+            raise BusyError(self.id)
+        return claim(self, config, wait=wait)
+
+    monkeypatch.setattr(RunDir, "claim", busy_once)
+    said = []
+    results = runner.run({**CHAIN, "seeds": [0]}, out="runs", say=said.append)
+
+    assert {one.state for one in results.trials} == {"done"}
+    assert not any("failed" in line for line in said)

@@ -96,6 +96,16 @@ def test_every_attempt_shows_the_whole_record_once(training, memories):
     assert len({(step, name) for step, name, _ in shown}) == len(shown)
 
 
+def test_runs_at_once_are_shown_like_others(training, memories, monkeypatch):
+    monkeypatch.setattr("precision_lab.training.sweep.room_for", lambda config: 99)
+
+    several = {**ONE, "seeds": [0, 1]}
+    results = runner.run(several, out="runs", executor="vmap", tracker=["good"], say=lambda _: None)
+
+    shown = {told.told[0][1]: told.told[-1] for told in memories.made["good"]}
+    assert shown == {one.run_id: ("finish", "done") for one in results.trials}
+
+
 def logged(tracker):
     return [told for told in tracker.told if told[0] == "log"]
 

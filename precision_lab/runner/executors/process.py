@@ -67,8 +67,9 @@ class _Pool:
         try:
             while waiting or busy or self._children:
                 while len(self._children) < self._jobs and not self._ends() and (one := self._next(waiting, busy)):
-                    (busy if one in busy else waiting).remove(one)
-                    self._children.append(self._start(one, wait=not waiting))
+                    held = one in busy
+                    (busy if held else waiting).remove(one)
+                    self._children.append(self._start(one, wait=held or not waiting))
                 if self._ends() and not self._children:
                     break
                 busy += self._listen()
@@ -82,12 +83,14 @@ class _Pool:
 
     def _next(self, waiting: Sequence[Planned], busy: Sequence[Planned]) -> Planned | None:
         """Returns the next run to start: none before the run that it begins from has ended; busy ones come last."""
-        going = {one.run.id for one in (*waiting, *(child.one for child in self._children))}
-        for one in waiting:
-            above = parent_of(one.run, one.config)
-            if above is None or above.id not in going:
-                return one
-        return busy[0] if busy and not waiting else None
+        going = {one.run.id for one in (*waiting, *busy, *(child.one for child in self._children))}
+
+        def free(runs: Sequence[Planned]) -> Planned | None:
+            parents = ((one, parent_of(one.run, one.config)) for one in runs)
+            return next((one for one, above in parents if above is None or above.id not in going), None)
+
+        # To wait for another command takes the place of a run, so nothing of ours may be left that could go on.
+        return free(waiting) or (free(busy) if not (waiting and self._children) else None)
 
     def _ends(self) -> bool:
         """Returns whether no more runs are to be started; asks those that go on to save and stop."""
