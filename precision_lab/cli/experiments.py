@@ -1,5 +1,7 @@
 """Commands about experiments: run, check, report."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -79,7 +81,7 @@ def run(
     if dry_run:
         _show_plan(experiment, out, as_json=json)
         return
-    try:
+    with stopping_in_words():
         results = runner.run(
             experiment,
             out=out,
@@ -89,18 +91,27 @@ def run(
             distributed=distributed,
             say=say,
         )
-    except runner.Preempted:
-        say("preempted. What was going on is saved; the same command continues.")
-        raise typer.Exit(75) from None
-    except KeyboardInterrupt:
-        say("interrupted. What is finished is kept; the same command continues.")
-        raise typer.Exit(130) from None
     if json:
         show_json(results.to_json())
     else:
         print_results(results, console())
         console().print(f"report: {results.folder / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(results.exit_code)
+
+
+@contextmanager
+def stopping_in_words() -> Iterator[None]:
+    """Says what became of the runs where a signal ended them, and exits with the code for it."""
+    from precision_lab.runner import Preempted
+
+    try:
+        yield
+    except Preempted:
+        say("preempted. What was going on is saved; the same command continues.")
+        raise typer.Exit(75) from None
+    except KeyboardInterrupt:
+        say("interrupted. What is finished is kept; the same command continues.")
+        raise typer.Exit(130) from None
 
 
 def check(

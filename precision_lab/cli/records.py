@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from precision_lab.cli.browse import find_run
-from precision_lab.cli.experiments import Import, Json, Out
+from precision_lab.cli.experiments import Import, Json, Out, stopping_in_words
 from precision_lab.cli.output import console, say, show, show_json
 
 if TYPE_CHECKING:
@@ -115,11 +115,8 @@ def resume(
     from precision_lab.runner.terminal import print_results
 
     experiment = _begun(target, out, imports or [])
-    try:
+    with stopping_in_words():
         results = runner.run(experiment, out=out, say=say)
-    except KeyboardInterrupt:
-        say("interrupted. What is finished is kept; the same command continues.")
-        raise typer.Exit(130) from None
     if json:
         show_json(results.to_json())
     else:

@@ -70,7 +70,7 @@ def _flat(side: Side) -> dict[str, Any]:
     found = flat(plain(side.config))
     if len(side.states) != 1:
         found.pop("seed", None)
-    return {**found, "policy": policy_name(found["policy"])}
+    return {**found, "policy": policy_name(found["policy"])} if "policy" in found else found
 
 
 def _environment_difference(a: Side, b: Side) -> dict[str, list[list[Any]]]:

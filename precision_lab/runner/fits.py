@@ -6,13 +6,14 @@
 
 import itertools
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from precision_lab.runner.claim import ClaimBase, Finding, Keys, Numbers, Term, keys_of
 
+Step = Annotated[int, Field(ge=0)]
 _EXACT = 1e-9  # a perfect correlation comes out a rounding error below 1
 
 
@@ -30,7 +31,7 @@ class Trend(ClaimBase):
     kind: Literal["trend"] = "trend"
     a: str | Term
     reference: str | Term | None = None
-    at: list[int] = Field(min_length=3)
+    at: list[Step] = Field(min_length=3)
     value: float = Field(ge=-1, le=1)
     direction: Literal["increasing", "decreasing"] = "increasing"
 
@@ -38,6 +39,8 @@ class Trend(ClaimBase):
     def _steps_rise(self) -> "Trend":
         if any(after <= before for before, after in itertools.pairwise(self.at)):
             raise ValueError(f"at must be rising steps, got {self.at}.")
+        if self.reduce != "last" or any(map(_has_step, (self.a, self.reference))):
+            raise ValueError("a trend takes its terms at the steps of its own at: leave out reduce and their at.")
         return self
 
     def terms(self) -> list[tuple[Keys, Term]]:
@@ -72,8 +75,16 @@ class Point(Term):
     """
 
     less: Term | None = None
-    steps: list[int] = Field(default_factory=list)
+    steps: list[Step] = Field(default_factory=list)
     where: dict[str, float] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_step(self) -> "Point":
+        if self.steps and (_has_step(self) or _has_step(self.less)):
+            raise ValueError("a point is taken at its steps: leave out reduce and at, also of less.")
+        if self.steps and "step" in self.where:
+            raise ValueError("where says what step is, and so do the steps: leave out one of them.")
+        return self
 
 
 class LogFit(ClaimBase):
@@ -109,7 +120,8 @@ class LogFit(ClaimBase):
             missing = {*variables} - {*point.where} - ({"step"} if point.steps else set())
             if missing:
                 raise ValueError(f"the point of arm {point.arm!r} does not say what {sorted(missing)[0]!r} is.")
-        if any(point.where.get(name, 1.0) <= 0 for point in self.points for name in self.powers):
+        least = [{"step": min(point.steps, default=1), **point.where} for point in self.points]
+        if any(values[name] <= 0 for values in least for name in self.powers):
             raise ValueError("a variable that enters as a power must be positive.")
         return self
 
@@ -146,7 +158,9 @@ class LogFit(ClaimBase):
         if rank < rows.shape[1]:
             return Finding(None, "the points do not tell the variables apart")
         spread = float(np.sum((logs - logs.mean()) ** 2))
-        r2 = 1 - float(np.sum((logs - rows @ found) ** 2)) / spread if spread else math.nan
+        if np.ptp(logs) == 0:
+            return Finding(None, "all numbers are the same, so there is nothing to explain")
+        r2 = 1 - float(np.sum((logs - rows @ found) ** 2)) / spread
         exponents = dict(zip(names, found[1:].tolist(), strict=True))
         signs = all(exponents[name] > 0 for name in self.rising) and all(exponents[name] < 0 for name in self.falling)
         shown = ", ".join(f"{name} {value:+.3g}" for name, value in exponents.items())
@@ -164,6 +178,11 @@ def _both(i: int, point: Point) -> list[tuple[Keys, Term]]:
     own = Term(arm=point.arm, metric=point.metric, reduce=point.reduce, at=point.at)
     parts = [(("points", i, "arm"), own), *([] if point.less is None else [(("points", i, "less", "arm"), point.less)])]
     return [_at(keys, term, step) for keys, term in parts for step in (point.steps or [None])]
+
+
+def _has_step(term: str | Term | None) -> bool:
+    """Returns whether a term says itself where in a run it is taken."""
+    return isinstance(term, Term) and (term.at is not None or term.reduce is not None)
 
 
 def _plain(term: Term) -> str:

@@ -9,7 +9,7 @@ brought up to date in 0.04 s.
 import json
 import re
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -106,11 +106,19 @@ def mentioned(where: str, columns: Iterable[str]) -> list[str]:
 
 
 def quoted_names(text: str, names: Iterable[str]) -> str:
-    """Returns SQL in which known names such as optim.lr and eval/loss are quoted; texts stay as they are."""
-    longest = sorted(names, key=len, reverse=True)
-    pattern = re.compile(r"(?<![\w./])(" + "|".join(map(re.escape, longest)) + r")(?![\w./])") if longest else None
+    """Returns SQL in which known names such as optim.lr, also as r.optim.lr, are quoted; texts stay as they are."""
+    spelt = {name.casefold(): name for name in sorted(names, key=len, reverse=True)}
+    known = "|".join(map(re.escape, spelt.values()))
+    pattern = re.compile(rf"(?<![\w./])(\w+\.)??({known})(?![\w./])", re.IGNORECASE) if spelt else None
     parts = re.split(r"('(?:[^']|'')*'|\"[^\"]*\")", text)
-    return "".join(part if i % 2 or pattern is None else pattern.sub(r'"\1"', part) for i, part in enumerate(parts))
+    return "".join(
+        part if i % 2 or pattern is None else pattern.sub(_quoted_name(spelt), part) for i, part in enumerate(parts)
+    )
+
+
+def _quoted_name(spelt: Mapping[str, str]) -> Callable[[re.Match[str]], str]:
+    """Returns what replaces a name, after the alias of a table perhaps, by that name in quotes."""
+    return lambda found: f"{found[1] or ''}{_quoted(spelt[found[2].casefold()])}"
 
 
 def _explained(message: str, columns: list[str]) -> str:
@@ -212,10 +220,17 @@ def _signature(folder: Path, names: Iterable[str]) -> str:
 
 
 def _store(db: sqlite3.Connection, row: Mapping[str, Any], columns: set[str]) -> None:
-    """Puts a row into the index, with new columns where it has new keys."""
-    for name in [name for name in row if name not in columns]:
-        db.execute(f"alter table runs add column {_quoted(name)}")
-        columns.add(name)
+    """Puts a row into the index, with new columns where it has new keys.
+
+    SQL tells no capitals from small letters: a name that differs only in these from a column there is shares it, and
+    of two such names in one row, the latter has the column.
+    """
+    spelt = {name.casefold(): name for name in columns}
+    for name in row:
+        if spelt.setdefault(name.casefold(), name) not in columns:
+            db.execute(f"alter table runs add column {_quoted(name)}")
+            columns.add(name)
+    row = {spelt[name.casefold()]: value for name, value in row.items()}
     names = ", ".join(map(_quoted, row))
     db.execute("delete from runs where run_id = ?", (row["run_id"],))
     db.execute(f"insert into runs ({names}) values ({', '.join('?' * len(row))})", list(row.values()))

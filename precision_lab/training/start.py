@@ -59,7 +59,7 @@ def _canonical(policies: Any) -> Any:
     if not isinstance(policies, dict):
         raise ValueError(f"expected names with a policy each, such as int4: 'weight=int4@channel', got {policies!r}")
     if "train" in policies:
-        raise ValueError("eval_train is the training split under the run's own policy: choose another name than train")
+        raise ValueError("no policy may be called 'train': its eval_train/ is the training split under the run's own")
     return {str(name): canonical_policy(policy) for name, policy in policies.items()}
 
 

@@ -2,6 +2,9 @@
 
 import json
 
+import pytest
+
+from precision_lab.runner import ExperimentConfig, Preempted
 from precision_lab.runner.yaml12 import dump
 from tests.cli.test_app import cli, files
 from tests.runner.fakes import EXPERIMENT
@@ -53,6 +56,17 @@ def test_resume_goes_on_from_the_folder_and_from_a_run(cli, training, tmp_path):
     assert cli("resume", "nothing")[0] == 2
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "word"), [(Preempted(), 75, "preempted"), (KeyboardInterrupt(), 130, "interrupted")]
+)
+def test_resume_that_is_stopped_says_so_and_exits_as_run_does(cli, training, error, code, word):
+    training.failures["float16"] = error
+    told = [cli("run", "toy.yaml"), cli("resume", "toy")]
+
+    assert [one[0] for one in told] == [code] * 2
+    assert all(f"{word}. What" in one[2] for one in told)
+
+
 def test_diff_says_in_words_what_differs(cli, tmp_path):
     cli("run", "toy.yaml")
     ids = {row["policy"]: row["run_id"] for row in json.loads(cli("ls", "--where", "seed = 0", "--json")[1])}
@@ -70,6 +84,17 @@ def test_diff_says_in_words_what_differs(cli, tmp_path):
     assert max(numbers) - min(numbers) > 0.4
     assert 0.4 < data["metrics"]["eval/loss"]["difference"] < 0.6
     assert list(data["config"]) == ["policy"]
+
+
+def test_diff_compares_probes_and_probes_with_trainings():
+    from precision_lab.runner.comparison import Side, difference
+
+    arms = {"a": {"probe": "dot_product"}, "b": {"probe": {"kind": "dot_product", "accum": "float16"}}, "c": {}}
+    config = ExperimentConfig(**{**EXPERIMENT, "arms": arms, "claims": []})
+    a, b, c = (Side(arm, config.runs[arm][0], ("done",)) for arm in "abc")
+
+    assert difference(a, b)["config"] == {"probe.accum": ["float32", "float16"]}
+    assert difference(a, c)["config"]["policy"] == [None, "float32"]
 
 
 def test_diff_explains_another_environment(cli, monkeypatch):

@@ -38,6 +38,8 @@ LAW = {
     ],
 }  # fmt: skip
 
+POINT = {"arm": "x", "steps": [10, 20], "where": {"bits": 3}}
+TREND = {"kind": "trend", "a": "x", "at": [1, 2, 3], "value": 0.9}
 FAILS = {"kind": "fails", "a": "x", "value": 10.0}
 
 CASES = [
@@ -131,6 +133,14 @@ def test_the_author_says_it_in_his_own_words():
         ({**GT, "a": {"arm": "x"}, "b": {"arm": "x"}}, "a and b are the same term"),
         ({"kind": "trend", "a": "x", "at": [1, 2], "value": 0.9}, "at least 3"),
         ({"kind": "trend", "a": "x", "at": [1, 3, 2], "value": 0.9}, "at must be rising steps"),
+        ({**TREND, "at": [-1, 2, 3]}, "greater than or equal to 0"),
+        ({**TREND, "reduce": "max"}, "leave out reduce"),
+        ({**TREND, "a": {"arm": "x", "at": 3}}, "leave out reduce and their at"),
+        ({**TREND, "reference": {"arm": "y", "reduce": "min"}}, "leave out reduce"),
+        ({**LAW, "points": [{**POINT, "at": 3}] * 3}, "leave out reduce and at"),
+        ({**LAW, "points": [{**POINT, "less": {"arm": "y", "reduce": "max"}}] * 3}, "leave out reduce and at"),
+        ({**LAW, "points": [{**POINT, "where": {"bits": 3, "step": 5}}] * 3}, "leave out one of them"),
+        ({**LAW, "points": [{**POINT, "steps": [0, 10]}] * 3}, "as a power must be positive"),
         ({**LAW, "rising": ["size"]}, "'size' is not among the variables step, bits"),
         ({**LAW, "powers": ["step", "step"]}, "each only once"),
         ({**LAW, "powers": ["step", "bits"]}, "each only once"),
@@ -238,3 +248,7 @@ def test_a_law_that_does_not_fit_is_not_reproduced_and_one_without_logarithm_is_
     assert noisy.verdict == "not_reproduced"
     assert flat.verdict == "inconclusive"
     assert "x at step 10: 0 has no logarithm" in flat.because
+
+
+def test_a_law_of_numbers_that_are_all_the_same_is_undecided():
+    assert judged(LAW, lambda term, seed: 2.0 if "_" in term.metric else 1.0).verdict == "inconclusive"

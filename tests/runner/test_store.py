@@ -110,6 +110,15 @@ def test_a_run_whose_process_has_gone_is_stopped_though_no_file_changed(results)
     assert {row["state"] for row in rows() if row["run_id"] == run.id} == {"stopped"}
 
 
+def test_names_that_differ_only_in_capitals_share_a_column(training):
+    for name in ("INT4", "int4"):
+        settings = {f"evals.{name}": "weight=int4@channel"}
+        runner.run(EXPERIMENT, settings=settings, arms=["float32"], seeds=[0], say=lambda line: None)
+
+    assert len(rows("evals.int4 = evals.INT4")) == 2
+    assert query(OUT, "select count(evals.INT4), count(evals.int4) from runs")[1] == [(2, 2)]
+
+
 def test_a_directory_that_cannot_be_read_is_listed_as_such(results):
     run = all_runs(OUT)[0]
     (run.path / "status.json").write_text("{")
@@ -135,6 +144,7 @@ def test_names_are_quoted_and_texts_are_not():
 
     text = quoted_names("eval_train/loss<1 and x = 'eval/loss' and \"optim.lr\"=optim.lr and optim.lrr", names)
 
+    assert quoted_names("r.optim.lr, Eval/Loss, x.seeds", names) == 'r."optim.lr", "eval/loss", x.seeds'
     assert text == '"eval_train/loss"<1 and x = \'eval/loss\' and "optim.lr"="optim.lr" and optim.lrr'
 
 

@@ -36,6 +36,7 @@ def errors(**changes):
         ({"train": {"steps": -1}}, ("train", "steps"), "greater than or equal to 0"),
         ({"train": {"steps": True}}, ("train", "steps"), "valid integer"),
         ({"train": {"steps": 1, "on_nonfinite": "skp"}}, ("train", "on_nonfinite"), "'stop', 'skip' or 'continue'"),
+        ({"evals": {"train": "float32"}}, ("evals",), "no policy may be called 'train'"),
         ({"policy": None}, ("policy",), "expected a policy such as float32"),
         ({"policy": True}, ("policy",), "expected a policy such as float32"),
         ({"policy": "params=flaot32"}, ("policy",), "float32"),
