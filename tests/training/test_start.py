@@ -86,11 +86,6 @@ def test_evals_are_the_same_parameters_under_other_policies(tmp_path):
     assert result.metrics["eval_int3/loss"] != result.metrics["eval/loss"]
 
 
-def test_a_further_policy_cannot_take_the_place_of_the_training_split():
-    with pytest.raises(ValueError, match="eval_train is the training split under the run's own policy"):
-        config(evals={"train": "weight=int3@channel"})
-
-
 def test_an_evaluation_under_another_policy_is_that_of_the_model_under_it():
     result, _ = run(train={"steps": 0}, evals={"half": HALF})
     begun = config()
