@@ -21,11 +21,14 @@ TIMELINES = ("train/loss_scale", "train/skipped_steps", "train/zero_grad_fractio
 def varied(results: "Results") -> dict[str, dict[str, Any]]:
     """Returns for each arm the dotted keys in which it differs from the baseline, and its values there.
 
-    A key that only the baseline has is given as None.
+    A key that only the baseline has is given as None. A probe beside a training, or the other way round, differs in
+    all that it is.
     """
     runs = {arm: next(iter(seeds.values())) for arm, seeds in results.experiment.runs.items()}
-    base = _flat_run(runs[results.experiment.baseline_arm])
-    return {arm: _changes(base, run) for arm, run in runs.items()}
+    base = runs[results.experiment.baseline_arm]
+    flat_base = _flat_run(base)
+    nothing = {"seed": flat_base["seed"]}
+    return {arm: _changes(flat_base if type(run) is type(base) else nothing, run) for arm, run in runs.items()}
 
 
 def _changes(base: Mapping[str, Any], run: BaseModel) -> dict[str, Any]:
@@ -53,7 +56,12 @@ def defaults(model: BaseModel, prefix: str = "") -> set[str]:
 def _flat_run(run: BaseModel) -> dict[str, Any]:
     """Returns a run's configuration with dotted keys, its policy by name if it has one."""
     keys = flat(plain(run) | _start_in_words(run) | _evals_in_words(run) | _transforms_in_words(run))
-    return {**keys, "policy": policy_name(keys["policy"])} if "policy" in keys else keys
+    return {**keys, "policy": _policy_in_words(keys["policy"])} if "policy" in keys else keys
+
+
+def _policy_in_words(policy: str) -> str:
+    """Returns a policy's name, or else what it says beyond float32."""
+    return policy_name(policy).removeprefix(f"{_FLOAT32},")
 
 
 def _start_in_words(run: BaseModel) -> dict[str, Any]:
@@ -67,7 +75,7 @@ def _start_in_words(run: BaseModel) -> dict[str, Any]:
 def _evals_in_words(run: BaseModel) -> dict[str, Any]:
     """Returns further policies without what they have in common with float32."""
     evals = getattr(run, "evals", None) or {}
-    return {"evals": {name: policy_name(one).removeprefix(f"{_FLOAT32},") for name, one in evals.items()}}
+    return {"evals": {name: _policy_in_words(one) for name, one in evals.items()}}
 
 
 def _transforms_in_words(run: BaseModel) -> dict[str, Any]:
