@@ -22,7 +22,8 @@ from precision_lab.runner.terminal import MARKS, stacked
 
 if TYPE_CHECKING:
     from precision_lab.runner.claim import Verdict
-    from precision_lab.runner.results import Cell, Results, Row
+    from precision_lab.runner.results import Results
+    from precision_lab.runner.rows import Cell, Row
 
 _STATUS = {
     "primary": "numbers checked against the paper",

@@ -6,7 +6,8 @@ from precision_lab.runner.ranking import best_arms, bits_differ, bits_text
 from precision_lab.runner.summary import command
 
 if TYPE_CHECKING:
-    from precision_lab.runner.results import Cell, Results, Row
+    from precision_lab.runner.results import Results
+    from precision_lab.runner.rows import Cell, Row
 
 _SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 _SPECIAL |= {char: f"\\{char}" for char in "&%$#_{}"}

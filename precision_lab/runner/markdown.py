@@ -11,7 +11,8 @@ from precision_lab.runner.summary import change_text, claimed, command, environm
 from precision_lab.runner.terminal import MARKS
 
 if TYPE_CHECKING:
-    from precision_lab.runner.results import Cell, Results, Row
+    from precision_lab.runner.results import Results
+    from precision_lab.runner.rows import Cell, Row
 
 
 def page(results: "Results") -> str:

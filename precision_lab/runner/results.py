@@ -16,6 +16,7 @@ from precision_lab.runner.clock import read_clock
 from precision_lab.runner.config import ExperimentConfig
 from precision_lab.runner.identity import run_id, semantic
 from precision_lab.runner.metrics import Series, encode_number
+from precision_lab.runner.rows import Cell, Row, row_json
 from precision_lab.runner.rundir import RunDir, run_dir
 from precision_lab.runner.stats import Mean, mean_interval
 from precision_lab.runner.summary import flat
@@ -74,42 +75,6 @@ class Trial:
         if self.state == "failed":
             return f"failed: {self.error}" if self.error else "failed"
         return {"done": "", "queued": "not run"}.get(self.state, f"{self.state} at step {self.step}")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One metric of one arm over the seeds.
-
-    Attributes:
-      mean: over the finished runs.
-      difference: to the baseline, paired by seed; None for the baseline itself.
-      expected: whether the arm logs the metric at all.
-    """
-
-    mean: Mean | None
-    difference: Mean | None
-    expected: bool = True
-
-    @property
-    def text(self) -> str:
-        """The mean with its interval, ✗ where it is missing, nothing where the arm does not log it."""
-        return self.mean.text() if self.mean else "✗" if self.expected else ""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One arm of the result table; `troubles` counts the runs that did not finish, by state."""
-
-    arm: str
-    finished: int
-    total: int
-    troubles: dict[str, int]
-    cells: dict[str, Cell]
-
-    def trouble_text(self) -> str:
-        """Returns `2 diverged, 1 failed`, empty if every run finished."""
-        words = {"queued": "not run"}
-        return ", ".join(f"{count} {words.get(state, state)}" for state, count in self.troubles.items())
 
 
 class Results:
@@ -236,7 +201,7 @@ class Results:
             "id": self.experiment.id,
             "folder": str(self.folder),
             "baseline": self.experiment.baseline_name,
-            "arms": [_row_json(row) for row in self.rows],
+            "arms": [row_json(row) for row in self.rows],
             "runs": runs,
             "verdicts": [verdict.to_dict() for verdict in self.verdicts],
         }
@@ -362,22 +327,6 @@ def _bits(run: AnyRun) -> float | None:
         return bits_per_parameter(run)
     except Exception:  # A policy or model that cannot be traced is told so when it runs; a report does without.
         return None
-
-
-def _row_json(row: Row) -> dict[str, Any]:
-    """Returns one arm of the table as plain data."""
-    cells = {
-        metric: {name: _mean_json(getattr(cell, name)) for name in ("mean", "difference")}
-        for metric, cell in row.cells.items()
-    }
-    return {"arm": row.arm, "finished": row.finished, "total": row.total, "troubles": row.troubles, "metrics": cells}
-
-
-def _mean_json(mean: Mean | None) -> dict[str, Any] | None:
-    """Returns a mean as plain data."""
-    if mean is None:
-        return None
-    return {"mean": encode_number(mean.mean), "half_width": encode_number(mean.half_width), "n": mean.n}
 
 
 def read(experiment: ExperimentConfig, out: str | os.PathLike[str] = "runs") -> Results:
