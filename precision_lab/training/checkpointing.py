@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from precision_lab.training.config import RunConfig
 from precision_lab.training.state import NEVER, TrainState
 
 _KEPT = 2
+_REMOVALS, _BETWEEN_S = 20, 0.05
 _NO_ROOM = ("RESOURCE_EXHAUSTED", os.strerror(errno.ENOSPC), "Failed to write")
 
 
@@ -59,8 +61,10 @@ class Checkpoints:
             self._manager = self._open.enter_context(ocp.CheckpointManager(self._folder, options=options))
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self._open.close()
+        if kind is not None:
+            self._remove_torn()
 
     def restore(self, shapes: TrainState, step: int | None = None) -> Restored | None:
         """Returns a checkpoint, or None if there is none at all.
@@ -105,8 +109,7 @@ class Checkpoints:
         try:
             self._manager.save(step, args=args, force=True)
         except Exception as error:
-            for torn in self._folder.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(torn, ignore_errors=True)
+            self._remove_torn()
             if not any(words in f"{error}" for words in _NO_ROOM):
                 raise
             full = True
@@ -115,6 +118,16 @@ class Checkpoints:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder))
         self._finite[step] = finite
         self._drop_old(self._manager)
+
+    def _remove_torn(self) -> None:
+        """Removes what a save that failed has left; its threads may go on writing for a moment, so more than once."""
+        for _ in range(_REMOVALS):
+            torn = [] if self._folder is None else list(self._folder.glob("*.orbax-checkpoint-tmp*"))
+            for path in torn:
+                shutil.rmtree(path, ignore_errors=True)
+            if not torn:
+                return
+            time.sleep(_BETWEEN_S)
 
     @property
     def last_finite(self) -> int | None:
