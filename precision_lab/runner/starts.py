@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from precision_lab.runner.tree import suggestion
 from precision_lab.training import AnyRun, RunConfig
-from precision_lab.training.start import StartConfig
+from precision_lab.training.start import StartConfig, why_no_start
 
 
 def with_parents(
@@ -52,15 +52,8 @@ def _parent(runs: Mapping[str, AnyRun], arm: str, refuse: Callable[[str, str, st
     parent = runs[start.arm]
     if not isinstance(parent, RunConfig):
         raise refuse(arm, "arm", f"arm {start.arm!r} is a probe, which ends with no parameters.")
-    if parent.train.steps == 0:
-        raise refuse(arm, "arm", f"arm {start.arm!r} trains nothing and saves nothing: start where it does.")
-    if (parent.lora is not None) != start.merge:
-        way = "adapters beside its weights: merge: true adds them" if parent.lora else "no adapters to merge"
-        raise refuse(arm, "arm" if parent.lora else "merge", f"arm {start.arm!r} ends with {way}.")
-    if parent.model != run.model:
-        raise refuse(arm, "arm", f"arm {start.arm!r} trains another model: what it ends with does not fit this one.")
-    if parent.data.spec() != run.data.spec():
-        raise refuse(arm, "arm", f"arm {start.arm!r} learns data of another shape, so its model is another one.")
+    if (why := why_no_start(run, parent, f"arm {start.arm!r}")) is not None:
+        raise refuse(arm, *why)
     return start.arm
 
 

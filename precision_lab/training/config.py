@@ -37,7 +37,14 @@ from precision_lab.models.registry import Registry
 from precision_lab.policy import Policy
 from precision_lab.quant import Quantizer, quantizer
 from precision_lab.training.mesh import MeshConfig
-from precision_lab.training.start import LoRAConfig, NamedPolicies, Policies, StartConfig, canonical_policy
+from precision_lab.training.start import (
+    LoRAConfig,
+    NamedPolicies,
+    Policies,
+    StartConfig,
+    canonical_policy,
+    why_no_start,
+)
 from precision_lab.training.transforms import AnyTransform
 
 _STORABLE = ("float32", "bfloat16", "float16")
@@ -292,6 +299,7 @@ class RunConfig(FrozenConfig):
         _check_task(self)
         _check_storage(self)
         _check_lora(self)
+        _check_start(self)
         _check_loss_shift(self)
         schedule = self.optim.schedule
         if isinstance(schedule, WarmupCosineSchedule) and schedule.warmup >= self.train.steps > 0:
@@ -349,6 +357,15 @@ def _check_lora(run: RunConfig) -> None:
                 "and say what the weights are multiplied in: compute=bfloat16, weight=nf4"
             )
             raise located_error(keys, message, policy)
+
+
+def _check_start(run: RunConfig) -> None:
+    """Raises if the final parameters of the run that this one begins from are not what it begins with."""
+    parent = None if run.start is None else run.start.run
+    why = None if parent is None else why_no_start(run, parent, "the run that it starts from")
+    if why is not None:
+        field, message = why
+        raise located_error(("start", "run" if field == "arm" else field), message, field)
 
 
 def _check_loss_shift(run: RunConfig) -> None:

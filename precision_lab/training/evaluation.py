@@ -15,6 +15,7 @@ from precision_lab.nn.weight_error import relative_mse, weight_error
 from precision_lab.policy import Policy
 from precision_lab.training.config import RunConfig
 from precision_lab.training.numbers import static_part
+from precision_lab.training.once import once
 from precision_lab.training.program import Program, batch_shapes, evaluate_batch, model_under
 from precision_lab.training.start import quantizes_parameters
 from precision_lab.training.state import TrainState
@@ -91,7 +92,7 @@ def check_evaluations(program: Program, config: RunConfig, spec: DataSpec) -> No
             raise ValueError(f"evals.{name}: {error}") from None
 
 
-@functools.lru_cache(maxsize=_EVALUATORS_KEPT)
+@once(_EVALUATORS_KEPT)
 def _weight_measure(config: RunConfig, spec: DataSpec, policy: str) -> Any:
     """Returns the jitted function from a state to the relative squared error of the weights that a policy quantizes."""
     model = model_under(config, spec, Policy.parse("float32"))
@@ -103,7 +104,7 @@ def _weight_measure(config: RunConfig, spec: DataSpec, policy: str) -> Any:
     return jax.jit(measured)
 
 
-@functools.lru_cache(maxsize=_EVALUATORS_KEPT)
+@once(_EVALUATORS_KEPT)
 def _evaluator(config: RunConfig, spec: DataSpec, policy: str) -> Any:
     """Returns the jitted function that evaluates a batch under another policy, as `Program.evaluate` does."""
     parsed = Policy.parse(policy)

@@ -6,7 +6,6 @@ again. Nothing random is carried along: batches are functions of (seed, step), a
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from precision_lab.training.config import RunConfig
 from precision_lab.training.evaluation import check_evaluations, evaluate, under_other_policies, weight_errors
 from precision_lab.training.lockstep import alone, in_lane
 from precision_lab.training.numbers import hyper
+from precision_lab.training.once import once
 from precision_lab.training.placement import Placement, check_placement
 from precision_lab.training.program import Program, check_program, program_for
 from precision_lab.training.state import NEVER, TrainState, all_finite
@@ -243,7 +243,7 @@ class _Run:
         self._metrics.update({f"{split}/{name}": float(value) for name, value in values.items()})
 
 
-@functools.lru_cache(maxsize=2)
+@once(2)
 def _dataset(config: DataConfig) -> Dataset:
     """Returns the data set; the same object for all runs of a sweep."""
     return data.load(config)

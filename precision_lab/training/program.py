@@ -29,6 +29,7 @@ from precision_lab.optim import (
 from precision_lab.policy import Policy
 from precision_lab.training.config import RunConfig
 from precision_lab.training.numbers import Hyper, hyper, static_part
+from precision_lab.training.once import once
 from precision_lab.training.optimizer import build_optimizer
 from precision_lab.training.state import NEVER, TrainState
 
@@ -102,7 +103,7 @@ class Model(NamedTuple):
     eval: nnx.GraphDef
 
 
-@functools.lru_cache(maxsize=_PROGRAMS_KEPT)
+@once(_PROGRAMS_KEPT)
 def _build(config: RunConfig, spec: DataSpec) -> Program:
     policy = Policy.parse(config.policy)
     model = model_under(config, spec, policy)
@@ -138,7 +139,7 @@ def model_under(config: RunConfig, spec: DataSpec, policy: Policy) -> Model:
     return Model(train, nnx.split(model)[0])
 
 
-@functools.lru_cache(maxsize=_PROGRAMS_KEPT)
+@once(_PROGRAMS_KEPT)
 def _initializer(config: ModelConfig, spec: DataSpec) -> Callable[[Any], tuple[Any, Any]]:
     """Returns the jitted function from a seed to the model's float32 parameters and its other state."""
     return jax.jit(lambda seed: take_apart(models.build(config, spec, seed)))

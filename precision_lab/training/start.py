@@ -28,6 +28,21 @@ class StartConfig(FrozenConfig):
     merge: Bool = False
 
 
+def why_no_start(run: "RunConfig", parent: "RunConfig", name: str) -> tuple[str, str] | None:
+    """Returns why a run cannot begin from another, called `name`: (field of `start`, message); None if it can."""
+    assert run.start is not None
+    if parent.train.steps == 0:
+        return "arm", f"{name} trains nothing and saves nothing: start where it does."
+    if (parent.lora is not None) != run.start.merge:
+        way = "adapters beside its weights: merge: true adds them" if parent.lora else "no adapters to merge"
+        return "arm" if parent.lora else "merge", f"{name} ends with {way}."
+    if parent.model != run.model:
+        return "arm", f"{name} trains another model: what it ends with does not fit this one."
+    if parent.data.spec() != run.data.spec():
+        return "arm", f"{name} learns data of another shape, so its model is another one."
+    return None
+
+
 class LoRAConfig(FrozenConfig):
     """Adapters of low rank beside the weights, which stay as they are; the adapters alone train, in float32.
 

@@ -74,6 +74,20 @@ def test_a_start_without_its_run_or_folder_is_refused(tmp_path):
         train(config(start={"run": config()}), checkpoint_dir=None, sink=MemorySink())
 
 
+@pytest.mark.parametrize(
+    ("parent", "start", "message"),
+    [
+        ({"lora": {"rank": 2}}, {}, r"start\.run.*ends with adapters beside its weights: merge: true adds them"),
+        ({}, {"merge": True}, r"start\.merge.*ends with no adapters to merge"),
+        ({"model": {"kind": "mlp", "hidden": [3]}}, {}, r"start\.run.*trains another model"),
+        ({"train": {"steps": 0}}, {}, r"start\.run.*trains nothing and saves nothing"),
+    ],
+)
+def test_a_run_that_this_one_cannot_begin_from_is_refused_with_its_config(parent, start, message):
+    with pytest.raises(ValueError, match=rf"(?s){message}"):
+        config(start={"run": config(**parent), **start})
+
+
 def test_evals_are_the_same_parameters_under_other_policies(tmp_path):
     evals = {"int3": "weight=int3@channel", "float32": "float32"}
 

@@ -1,6 +1,7 @@
 """A group of runs at once: each is the run that it is alone, to rounding."""
 
 import math
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -11,6 +12,7 @@ import pytest
 from precision_lab.training import loop
 from precision_lab.training.checkpointing import Checkpoints
 from precision_lab.training.lockstep import Lockstep, _vmapped
+from precision_lab.training.program import program_for
 from precision_lab.training.sweep import room_for, train_group
 from tests.training.runs import MemorySink, config, run
 
@@ -170,6 +172,19 @@ def run_in(lockstep, lane):
     """Returns the result of a run in a lane, whose number is its seed."""
     with lockstep.lane(lane):
         return run(seed=lane)[0]
+
+
+def test_threads_that_ask_at_the_same_time_share_a_program():
+    one, barrier = config(model={"kind": "mlp", "hidden": [5]}), threading.Barrier(3)
+
+    def built(_):
+        barrier.wait()
+        return program_for(one, one.data.spec()).step
+
+    with ThreadPoolExecutor(3) as threads:
+        steps = list(threads.map(built, range(3)))
+
+    assert all(step is steps[0] for step in steps)
 
 
 def test_room_is_that_of_states_in_the_memory_available(monkeypatch):
