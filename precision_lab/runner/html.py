@@ -16,6 +16,7 @@ from precision_lab.runner.summary import (
     environments,
     run_count,
     shared,
+    sharing,
     varied,
 )
 from precision_lab.runner.terminal import MARKS, stacked
@@ -29,6 +30,10 @@ _STATUS = {
     "secondary": "numbers from a source that quotes the paper",
     "memory": "numbers from memory, not checked",
 }
+
+
+_MOST_NUMBERS = 6
+"""Terms of one claim whose numbers are shown seed by seed."""
 
 
 def page(results: "Results") -> str:
@@ -103,7 +108,8 @@ def _claims(verdicts: Iterable["Verdict"]) -> str:
 
 def _claim(one: "Verdict") -> str:
     """Returns one claim."""
-    values = list(one.numbers.items())[-1:]
+    # The last numbers of these are what they judge, made from the others.
+    values = list(one.numbers.items())[-1 if one.kind in ("gt", "close", "equal", "trend") else -_MOST_NUMBERS :]
     seeds = "".join(
         f'<p class="by-seed">{escape(name)} by seed: {", ".join(f"{number:.4g}" for number in numbers)}</p>'
         for name, numbers in values
@@ -158,7 +164,8 @@ def _row(
 
 def _cell(cell: "Cell", *, stack: bool, bold: bool) -> str:
     """Returns a mean and a difference, in two cells or one above the other."""
-    mean = escape(cell.mean.text()) if cell.mean else '<b class="missing">✗</b>'
+    blank = '<b class="missing">✗</b>' if cell.blank == "✗" else cell.blank
+    mean = escape(cell.mean.text()) if cell.mean else blank
     mean = f"<b>{mean}</b>" if bold else mean
     difference = escape(cell.difference.text(signed=True)) if cell.difference else ""
     if stack:
@@ -229,7 +236,7 @@ def _varied(results: "Results") -> str:
     seeds = _listed(results.experiment.seeds)
     return (
         f'<table class="varied"><tbody>{rows}</tbody></table>\n'
-        f'<p class="fine">All arms: {changes_code(shared(results))} and defaults; seeds {seeds}.</p>'
+        f'<p class="fine">{sharing(results)}: {changes_code(shared(results))} and defaults; seeds {seeds}.</p>'
     )
 
 

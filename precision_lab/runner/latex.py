@@ -6,8 +6,7 @@ from precision_lab.runner.ranking import best_arms, bits_differ, bits_text
 from precision_lab.runner.summary import command
 
 if TYPE_CHECKING:
-    from precision_lab.runner.results import Results, Row
-    from precision_lab.runner.stats import Mean
+    from precision_lab.runner.results import Cell, Results, Row
 
 _SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 _SPECIAL |= {char: f"\\{char}" for char in "&%$#_{}"}
@@ -33,16 +32,16 @@ def table(results: "Results") -> str:
 
 def _cells(results: "Results", row: "Row", best: dict[str, set[str]], *, bits: bool) -> list[str]:
     """Returns one arm; what did not finish is shown, not left out."""
-    means = [_mean(cell.mean, bold=row.arm in best[metric]) for metric, cell in row.cells.items()]
+    means = [_mean(cell, bold=row.arm in best[metric]) for metric, cell in row.cells.items()]
     note = f" ({escape(row.trouble_text())})" if row.troubles else ""
     return [escape(row.arm) + note, *([bits_text(results.bits[row.arm])] if bits else []), *means]
 
 
-def _mean(mean: "Mean | None", *, bold: bool) -> str:
-    """Returns a mean in mathematics, a cross where there is none."""
-    if mean is None:
-        return r"$\times$"
-    text = mean.text().replace("±", r"\pm")
+def _mean(cell: "Cell", *, bold: bool) -> str:
+    """Returns a mean in mathematics, a cross or a dash where there is none."""
+    if cell.mean is None:
+        return r"$\times$" if cell.blank == "✗" else "--"
+    text = cell.mean.text().replace("±", r"\pm")
     if "nan" in text or "inf" in text:
         return text
     return rf"$\mathbf{{{text}}}$" if bold else f"${text}$"

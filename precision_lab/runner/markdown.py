@@ -61,7 +61,7 @@ def seeds_text(row: "Row") -> str:
 
 def _cell(cell: "Cell", *, bold: bool) -> list[str]:
     """Returns a mean and a difference; what did not finish is shown, not left out."""
-    mean = _text(cell.mean.text()) if cell.mean else "✗"
+    mean = _text(cell.mean.text()) if cell.mean else cell.blank
     return [f"**{mean}**" if bold else mean, _text(cell.difference.text(signed=True)) if cell.difference else ""]
 
 

@@ -83,10 +83,12 @@ class Cell:
     Attributes:
       mean: over the finished runs.
       difference: to the baseline, paired by seed; None for the baseline itself.
+      blank: what stands for a mean: a cross if no run finished, a dash if those that did have no such metric.
     """
 
     mean: Mean | None
     difference: Mean | None
+    blank: str = "✗"
 
 
 @dataclass(frozen=True)
@@ -180,10 +182,10 @@ class Results:
     def _cell(self, arm: str, metric: str) -> Cell:
         """Returns one metric of one arm."""
         own, base = self.finals(arm, metric), self.finals(self.experiment.baseline_arm, metric)
-        if arm == self.experiment.baseline_arm:
-            return Cell(mean_interval(list(own.values())), None)
         paired = [own[seed] - base[seed] for seed in own if seed in base]
-        return Cell(mean_interval(list(own.values())), mean_interval(paired))
+        difference = None if arm == self.experiment.baseline_arm else mean_interval(paired)
+        blank = "–" if any(one.state == "done" for one in self.of_arm(arm)) else "✗"
+        return Cell(mean_interval(list(own.values())), difference, blank)
 
     def finals(self, arm: str, metric: str) -> dict[int, float]:
         """Returns the last value of a metric by seed, for the runs that finished."""

@@ -56,7 +56,9 @@ def result_table(results: "Results") -> TextTable:
     for row in results.rows:
         cells: list[Any] = [row.arm, f"{row.finished} of {row.total}" if row.troubles else str(row.finished)]
         for cell in row.cells.values():
-            mean = Text(cell.mean.text()) if cell.mean else Text("✗", style="red")
+            mean = (
+                Text(cell.mean.text()) if cell.mean else Text(cell.blank, style="red" if cell.blank == "✗" else "dim")
+            )
             difference = Text(cell.difference.text(signed=True) if cell.difference else "", style="dim")
             both = [mean, difference] if difference.plain else [mean]
             cells += [Text("\n").join(both)] if stacked(results) else [mean, difference]
