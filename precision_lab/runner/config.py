@@ -263,8 +263,7 @@ class ExperimentConfig(BaseModel):
           LocatedError: a ValueError of one line: a key, a value or an arm that there is not.
         """
         named, entry = axis_entry({key: values} if isinstance(key, str) else key, name, mode, labels, arms)
-        tree = from_python({key: value for key, value in self.to_dict().items() if key != "max_trials"})
-        return validate(ExperimentConfig, expand(with_entry(tree, named, from_python(entry))))
+        return validate(ExperimentConfig, expand(with_entry(from_python(self.to_dict()), named, from_python(entry))))
 
     @property
     def axes(self) -> dict[str, list[Any]]:
