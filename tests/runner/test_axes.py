@@ -106,7 +106,7 @@ def test_python_command_line_and_file_make_the_same_runs(config):
 def test_an_axis_in_python_keeps_to_the_limit_of_the_file(training):
     limited = runner.load({**EXPERIMENT, "max_trials": 9}).axis("optim.lr", [0.1, 0.2])
 
-    with pytest.raises(ValueError, match="18 runs .* max_trials is 9"):
+    with pytest.raises(ValueError, match=r"18 runs .* max_trials is 9"):
         runner.run(limited)
 
 
