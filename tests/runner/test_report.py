@@ -345,3 +345,13 @@ def test_a_ratio_shows_the_numbers_of_all_its_terms(mixed):
 
     assert "narrow by seed: 1.5, 2.5, 3.5" in page
     assert "float32 by seed: 1, 2, 3" in page
+
+
+def test_exponents_are_mathematics_in_latex(mixed):
+    tiny = [dataclasses.replace(one, series={name: Series(s.steps, [1 + v * 1e-7 for v in s.values]) for name, s in
+                                             one.series.items()}) for one in mixed.trials]  # fmt: skip
+
+    text = latex.table(runner.Results(mixed.experiment, tiny, mixed.out))
+
+    assert r"$1.0000002 \pm 2.5 \times 10^{-7}$" in text
+    assert not re.search(r"\de[-+]\d", text)
