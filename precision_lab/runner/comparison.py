@@ -98,6 +98,7 @@ def _metric_difference(a: Side, b: Side, name: str) -> dict[str, Any]:
         "b": None if means[1] is None else encode_number(means[1].mean),
         "difference": None if both is None else encode_number(both.mean),
         "text": "" if both is None else both.text(signed=True),
+        "equal": both is not None and both.mean == 0 and not both.half_width,
         "seeds": 0 if both is None else both.n,
     }
 
@@ -121,7 +122,7 @@ def _metric_text(name: str, one: Mapping[str, Any]) -> str:
     if one["difference"] is None:
         missing = [side for side in ("a", "b") if one[side] is None]
         return f"  {name}: not reached by {' and '.join(missing)}" if missing else f"  {name}: no seed in common"
-    if one["difference"] == 0:
+    if one["equal"] and one["a"] == one["b"]:
         return f"  {name}: equal, {one['a']:.6g}"
     seeds = f" over {one['seeds']} seeds" if one["seeds"] > 1 else ""
     numbers = [value if isinstance(value, str) else f"{value:.6g}" for value in (one["a"], one["b"])]

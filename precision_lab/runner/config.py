@@ -140,7 +140,7 @@ class ExperimentConfig(BaseModel):
 
     def _refuse_unknown_metrics(self, written: Tree) -> None:
         """Raises if a column names a metric that no arm logs, or a claim one that its arms do not log."""
-        logged = set().union(*(self.known_metrics([arm]) for arm in self.arms))
+        logged = self._logged_by_some()
         for i, metric in enumerate(self.metrics):
             _refuse_metric(metric, logged, _place(written, ("metrics", i)))
         for i, claim in enumerate(self.claims):
@@ -160,6 +160,10 @@ class ExperimentConfig(BaseModel):
         """Returns the metrics that all of some arms log."""
         logged = [set(metric_names(run)) for arm in arms for run in list(self._runs[arm].values())[:1]]
         return set.intersection(*logged) if logged else set()
+
+    def _logged_by_some(self) -> set[str]:
+        """Returns the metrics that at least one arm logs."""
+        return set().union(*(self.known_metrics([arm]) for arm in self.arms))
 
     @property
     def runs(self) -> Runs:
@@ -201,9 +205,9 @@ class ExperimentConfig(BaseModel):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The metrics that tables show."""
+        """The metrics that tables show: those given, else the usual ones of all arms, or of any if they share none."""
         if self._columns is None:
-            known = set() if self.metrics else self.known_metrics(self.arms)
+            known = set() if self.metrics else self.known_metrics(self.arms) or self._logged_by_some()
             usual = tuple(metric for metric in ("eval/loss", "eval/accuracy") if metric in known)
             self._columns = self.metrics or usual or tuple(sorted(known))
         return self._columns
@@ -277,8 +281,7 @@ class ExperimentConfig(BaseModel):
           LocatedError: a ValueError of one line: a key, a value or an arm that there is not.
         """
         named, entry = axis_entry({key: values} if isinstance(key, str) else key, name, mode, labels, arms)
-        tree = from_python({key: value for key, value in self.to_dict().items() if key != "max_trials"})
-        return validate(ExperimentConfig, expand(with_entry(tree, named, from_python(entry))))
+        return validate(ExperimentConfig, expand(with_entry(from_python(self.to_dict()), named, from_python(entry))))
 
     @property
     def axes(self) -> dict[str, list[Any]]:

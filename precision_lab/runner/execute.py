@@ -6,6 +6,7 @@ the work instead of repeating it.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from precision_lab.runner.distributed import follow, initialize
 from precision_lab.runner.environment import differences, fingerprint, registered_code
 from precision_lab.runner.identity import run_id
 from precision_lab.runner.loading import Source, load
+from precision_lab.runner.resolve import BASE_KEYS
 from precision_lab.runner.results import Results, read
 from precision_lab.runner.rundir import FINISHED, TRIALS, run_dir
 from precision_lab.runner.starts import ancestry
@@ -70,8 +72,8 @@ def check(experiment: ExperimentConfig, out: str | os.PathLike[str] = "runs") ->
         try:
             training.check(config)
         except ValueError as error:
-            first = str(error).partition(".")[0]
-            key = first if first in ("data", "evals", "transforms") else "policy"
+            named = re.match(r"(\w+)[.:]", str(error))
+            key = named[1] if named and named[1] in BASE_KEYS else "policy"
             raise ValueError(experiment.locate(arm, key, f"arm {arm!r}: {error}")) from None
     return planned
 

@@ -16,6 +16,7 @@ from precision_lab.runner.summary import (
     environments,
     run_count,
     shared,
+    sharing,
     varied,
 )
 from precision_lab.runner.terminal import MARKS, stacked
@@ -30,6 +31,10 @@ _STATUS = {
     "secondary": "numbers from a source that quotes the paper",
     "memory": "numbers from memory, not checked",
 }
+
+
+_MOST_NUMBERS = 6
+"""Terms of one claim whose numbers are shown seed by seed."""
 
 
 def page(results: "Results") -> str:
@@ -104,7 +109,8 @@ def _claims(verdicts: Iterable["Verdict"]) -> str:
 
 def _claim(one: "Verdict") -> str:
     """Returns one claim."""
-    values = list(one.numbers.items())[-1:]
+    # The last numbers of these are what they judge, made from the others.
+    values = list(one.numbers.items())[-1 if one.kind in ("gt", "close", "equal", "trend") else -_MOST_NUMBERS :]
     seeds = "".join(
         f'<p class="by-seed">{escape(name)} by seed: {", ".join(f"{number:.4g}" for number in numbers)}</p>'
         for name, numbers in values
@@ -232,7 +238,7 @@ def _varied(results: "Results") -> str:
     seeds = _listed(results.experiment.seeds)
     return (
         f'<table class="varied"><tbody>{rows}</tbody></table>\n'
-        f'<p class="fine">All arms: {changes_code(shared(results))} and defaults; seeds {seeds}.</p>'
+        f'<p class="fine">{sharing(results)}: {changes_code(shared(results))} and defaults; seeds {seeds}.</p>'
     )
 
 

@@ -1,5 +1,6 @@
 """The result table for a paper: LaTeX with booktabs, best means in bold."""
 
+import re
 from typing import TYPE_CHECKING
 
 from precision_lab.runner.ranking import best_arms, bits_differ, bits_text
@@ -42,10 +43,15 @@ def _mean(cell: "Cell", *, bold: bool) -> str:
     """Returns a mean in mathematics, a cross where it is missing, nothing where the arm does not log it."""
     if cell.mean is None:
         return r"$\times$" if cell.expected else ""
-    text = cell.mean.text().replace("±", r"\pm")
+    text = re.sub(r"e([-+])0*(\d+)", _power, cell.mean.text().replace("±", r"\pm"))
     if "nan" in text or "inf" in text:
         return text
     return rf"$\mathbf{{{text}}}$" if bold else f"${text}$"
+
+
+def _power(exponent: re.Match[str]) -> str:
+    """Returns `e-05` as mathematics."""
+    return rf" \times 10^{{{exponent[1].removeprefix('+')}{exponent[2]}}}"
 
 
 def escape(text: str) -> str:

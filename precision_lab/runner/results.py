@@ -154,10 +154,9 @@ class Results:
         if metric not in self.experiment.known_metrics([arm]):
             return Cell(None, None, expected=False)
         own, base = self.finals(arm, metric), self.finals(self.experiment.baseline_of(arm), metric)
-        if arm == self.experiment.baseline_arm:
-            return Cell(mean_interval(list(own.values())), None)
         paired = [own[seed] - base[seed] for seed in own if seed in base]
-        return Cell(mean_interval(list(own.values())), mean_interval(paired))
+        difference = None if arm == self.experiment.baseline_arm else mean_interval(paired)
+        return Cell(mean_interval(list(own.values())), difference)
 
     def finals(self, arm: str, metric: str) -> dict[int, float]:
         """Returns the last value of a metric by seed, for the runs that finished."""

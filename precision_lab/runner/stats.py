@@ -59,8 +59,9 @@ def _digits(value: float, spread: float | None, *, signed: bool) -> str:
     if not spread or not math.isfinite(spread):
         return f"{value:{sign}.4g}"
     decimals = 1 - math.floor(math.log10(spread))
-    if abs(value) >= 1e5 or decimals > 6:
-        return f"{value:{sign}.4g}"
+    if value and (abs(value) >= 1e5 or decimals > 6):
+        significant = math.floor(math.log10(abs(value))) + 1 + decimals
+        return f"{value:{sign}.{min(max(significant, 1), 17)}g}"
     return f"{value:{sign}.{max(decimals, 0)}f}"
 
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from precision_lab.policy import PRESETS
 from precision_lab.runner.identity import plain, policy_name, run_id
+from precision_lab.training import ProbeRun
 
 if TYPE_CHECKING:
     from precision_lab.runner.results import Results
@@ -32,8 +33,13 @@ def varied(results: "Results") -> dict[str, dict[str, Any]]:
 
 
 def _changes(base: Mapping[str, Any], run: BaseModel) -> dict[str, Any]:
-    """Returns what a run changes; of another kind only what is not its default, the kind as `loss_scale=dynamic`."""
+    """Returns what a run changes; of another kind only what is not its default, the kind as `loss_scale=dynamic`.
+
+    A probe among trainings, or a training among probes, says what it is itself.
+    """
     own = _flat_run(run)
+    if ("probe.kind" in own) != ("probe.kind" in base):
+        base = {"seed": base["seed"]}
     changed = {key: own.get(key) for key in {**own, **base} if own.get(key) != base.get(key)}
     kinds = {key.removesuffix(".kind") for key in changed if key.endswith(".kind")}
     implied = defaults(run) | (set(base) - set(own))
@@ -109,11 +115,24 @@ def _value_text(value: Any) -> str:
 
 
 def shared(results: "Results") -> dict[str, Any]:
-    """Returns the dotted keys that all arms agree on and that are not defaults, without the seed."""
-    run = next(iter(results.experiment.runs[results.experiment.baseline_arm].values()))
-    changed = {key for changes in varied(results).values() for key in changes} | {"seed"}
+    """Returns the dotted keys that all arms agree on and that are not defaults, without the seed.
+
+    Where there are trainings and probes, those of the baseline's sort count.
+    """
+    runs = {arm: next(iter(seeds.values())) for arm, seeds in results.experiment.runs.items()}
+    run = runs[results.experiment.baseline_arm]
+    alike = [arm for arm, other in runs.items() if type(other) is type(run)]
+    changed = {key for arm, changes in varied(results).items() if arm in alike for key in changes} | {"seed"}
     implied = defaults(run) | {key for key in _flat_run(run) if _within(key, changed)}
     return {key.removesuffix(".kind"): value for key, value in _flat_run(run).items() if key not in implied}
+
+
+def sharing(results: "Results") -> str:
+    """Returns whom `shared` speaks of, in words."""
+    probes = {arm: isinstance(next(iter(seeds.values())), ProbeRun) for arm, seeds in results.experiment.runs.items()}
+    if len(set(probes.values())) == 1:
+        return "All arms"
+    return "All probes" if probes[results.experiment.baseline_arm] else "All trainings"
 
 
 def _within(key: str, changed: set[str]) -> bool:

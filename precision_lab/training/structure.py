@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from precision_lab.policy import Policy
 from precision_lab.policy.treatment import SETTINGS
 from precision_lab.training.config import RunConfig
 from precision_lab.training.numbers import policy_apart, static_part
@@ -20,20 +21,22 @@ def structural_differences(config: RunConfig, other: RunConfig) -> list[str]:
     mine, theirs = (dict(_leaves(static_part(one))) for one in (config, other))
     # Where a part is of another kind, that says it all; fields that only one of them has do not count.
     differing = [path for path in mine if path in theirs and mine[path] != theirs[path]]
-    words = [f"{path} is {_show(mine[path])}, not {_show(theirs[path])}" for path in differing if path != "policy"]
+    own, others = dict(_leaves(config)), dict(_leaves(other))  # what people wrote, not what stands for all numbers
+    words = [f"{path} is {_show(own[path])}, not {_show(others[path])}" for path in differing if path != "policy"]
     return [*(_policies(config, other) if "policy" in differing else ()), *words]
 
 
 def _policies(config: RunConfig, other: RunConfig) -> Iterator[str]:
-    """Yields how the structures of two policies differ, setting by setting."""
+    """Yields how the structures of two policies differ, setting by setting, in the words of the policies themselves."""
     mine, theirs = policy_apart(config.policy), policy_apart(other.policy)
+    written, others_written = Policy.parse(config.policy), Policy.parse(other.policy)
     for key in ("params", "output", "ops", *SETTINGS):
-        a, b = getattr(mine.policy, key), getattr(theirs.policy, key)
-        if a != b:
+        if getattr(mine.policy, key) != getattr(theirs.policy, key):
             reason = mine.reasons.get(key) or theirs.reasons.get(key)
-            yield f"policy {key}={_word(a)}, not {_word(b)}" + (f" ({reason})" if reason else "")
-    rules, others = ([str(rule) for rule in one.policy.rules] for one in (mine, theirs))
-    if rules != others:
+            a, b = (_word(getattr(one, key)) for one in (written, others_written))
+            yield f"policy {key}={a}, not {b}" + (f" ({reason})" if reason else "")
+    if mine.policy.rules != theirs.policy.rules:
+        rules, others = ([str(rule) for rule in one.rules] for one in (written, others_written))
         yield f"policy rules are {'; '.join(rules) or 'none'}, not {'; '.join(others) or 'none'}"
 
 

@@ -97,6 +97,17 @@ def test_diff_compares_probes_and_probes_with_trainings():
     assert difference(a, c)["config"]["policy"] == [None, "float32"]
 
 
+def test_arms_whose_differences_cancel_are_not_equal():
+    from precision_lab.runner.comparison import Side, difference, sentences
+
+    config = ExperimentConfig(**EXPERIMENT).runs["float32"][0]
+    a, b = (Side(name, config, ("done",) * 2, (), {"eval/accuracy": values}) for name, values in
+            (("a", {0: 0.25, 1: 0.75}), ("b", {0: 0.75, 1: 0.25})))  # fmt: skip
+
+    assert any("eval/accuracy: 0.5 to 0.5, +0.0 ± 6.4 over 2 seeds" in line for line in sentences(difference(a, b)))
+    assert any("eval/accuracy: equal, 0.5" in line for line in sentences(difference(a, a)))
+
+
 def test_diff_explains_another_environment(cli, monkeypatch):
     from precision_lab.runner import execute
 

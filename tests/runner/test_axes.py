@@ -116,6 +116,13 @@ def test_python_command_line_and_file_make_the_same_runs(config):
     assert runner.ExperimentConfig(**{**PLAIN, "sweep": {"optim.lr": [0.1]}}).arms.keys() == {"lr=0.1"}
 
 
+def test_an_axis_in_python_keeps_to_the_limit_of_the_file(training):
+    limited = runner.load({**EXPERIMENT, "max_trials": 9}).axis("optim.lr", [0.1, 0.2])
+
+    with pytest.raises(ValueError, match=r"18 runs .* max_trials is 9"):
+        runner.run(limited)
+
+
 def test_a_swept_experiment_survives_its_own_yaml(config, tmp_path):
     found = runner.load(config())
     (tmp_path / "again.yaml").write_text(dump(found.to_dict()))

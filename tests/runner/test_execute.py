@@ -316,3 +316,17 @@ def test_the_folder_of_results_is_an_experiment_itself(training, tmp_path):
         "table.csv",
         "table.tex",
     }
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "key"),
+    [("evals.low: rule '**/no/**' matched no site", 4, "evals"), ("a rule matched no site", 3, "policy")],
+)
+def test_what_cannot_start_is_told_where_it_is_written(training, tmp_path, error, line, key):
+    arms = "arms:\n  float32:\n    policy: float32\n    evals: {low: bfloat16_mixed}\n"
+    rest = {key: value for key, value in EXPERIMENT.items() if key not in ("arms", "claims")}
+    (tmp_path / "toy.yaml").write_text(arms + dump(rest))
+    training.refused["float32"] = error
+
+    with pytest.raises(ValueError, match=rf"^toy\.yaml:{line}: arms\.float32\.{key}: arm 'float32': "):
+        run("toy.yaml")

@@ -27,14 +27,14 @@ def test_arms_that_differ_in_numbers_are_one_group():
 @pytest.mark.parametrize(
     ("arm", "reason"),
     [
-        ({"policy": "weight=int4@tensor"}, "policy weight=int8, not int8@channel"),
-        ({"policy": "weight=nf4"}, "policy weight=nf4, not int8@channel (nf4 is no scaled scalar format"),
+        ({"policy": "weight=int4@tensor"}, "policy weight=int4, not int4@channel"),
+        ({"policy": "weight=nf4"}, "policy weight=nf4, not int4@channel (nf4 is no scaled scalar format"),
         ({"policy": "compute=bfloat16,weight=int4@channel"}, "policy compute=bfloat16, not float32"),
         ({"policy": "weight=int4@channel;**/head/**:weight=none"}, "policy rules are **/head/**:weight=none, not none"),
         ({"model": {"kind": "mlp", "hidden": [8]}}, "model.hidden is (8,), not (4,)"),
         ({"data": {"kind": "digits", "batch": 16}}, "data.batch is 16, not 8"),
         ({"optim": {"kind": "adam", "lr": 0.1}}, "optim.kind is adam, not sgd"),
-        ({"optim": {"kind": "sgd", "lr": 0.1, "momentum": 0.9}}, "optim.momentum is 0.5, not 0.0"),
+        ({"optim": {"kind": "sgd", "lr": 0.1, "momentum": 0.9}}, "optim.momentum is 0.9, not 0.0"),
         ({"loss_scale": {"kind": "dynamic"}}, "loss_scale.kind is dynamic, not none"),
         ({"lora": {"rank": 2}}, "lora is given, not nothing"),
     ],
@@ -54,7 +54,7 @@ def test_the_reason_is_given_against_the_group_that_is_most_alike():
 
     *_, last = grouped(arms, policy="weight=int4@channel")
 
-    assert last.reason == "unlike b: policy weight=int8, not int8@channel"
+    assert last.reason == "unlike b: policy weight=int8, not int4@channel"
 
 
 def test_all_runs_are_in_exactly_one_group():

@@ -1,6 +1,7 @@
 """The report is checked against a recomputation from metrics.jsonl that shares no code with it."""
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -13,6 +14,7 @@ import pytest
 from scipy import stats as oracle
 
 from precision_lab import runner
+from precision_lab.runner import html, latex, markdown
 from precision_lab.runner.metrics import Series
 from precision_lab.runner.plots import band
 from precision_lab.runner.summary import shared, varied
@@ -300,3 +302,56 @@ def test_a_verdict_on_arms_that_share_no_batches_or_initialisation_says_so(train
 
     because = results.verdicts[0].because
     assert because.partition(" at the least")[2] == words
+
+
+@pytest.fixture
+def mixed(training):
+    """Two trainings and a probe, all finished, with numbers that are made up."""
+    arms = {
+        "float32": {},
+        "narrow": {"policy": "float16_mixed"},
+        "dot": {"probe": {"kind": "dot_product", "length": 8}},
+    }
+    claims = [{"kind": "ratio", "a": "narrow", "b": "float32", "metric": "eval/loss", "factor": 2.0}]
+    read = runner.read(runner.load({**EXPERIMENT, "arms": arms, "claims": claims}))
+    made = {"float32": ("eval/loss", 1.0), "narrow": ("eval/loss", 1.5), "dot": ("probe/error", 0.25)}
+    trials = [
+        dataclasses.replace(one, state="done", series={metric: Series([10], [value + one.seed])})
+        for one in read.trials
+        for metric, value in [made[one.arm]]
+    ]
+    return runner.Results(read.experiment, trials, read.out)
+
+
+def test_a_probe_among_trainings_has_empty_cells_and_the_trainings_their_numbers(mixed):
+    rows = {row[0]: row for row in csv.reader(io.StringIO(markdown.table_csv(mixed)))}
+    dot = next(line for line in markdown.result_table(mixed).splitlines() if line.startswith("| dot "))
+
+    assert mixed.experiment.columns == ("eval/loss", "eval/accuracy")
+    assert float(rows["narrow"][rows["arm"].index("eval/loss difference")]) == 0.5
+    assert dot.split("|")[3].strip() == ""
+    assert "✗" not in dot + str(mixed.table()).split("dot")[1] + latex.table(mixed)
+    assert "✗" in str(runner.read(mixed.experiment).table())  # nothing has run there
+
+
+def test_what_a_probe_among_trainings_changes_and_what_the_trainings_share(mixed):
+    assert varied(mixed)["dot"] == {"probe": "dot_product", "probe.length": 8}
+    assert shared(mixed)["model"] == "mlp"
+    assert "All trainings: <code>model=mlp</code>" in html.page(mixed)
+
+
+def test_a_ratio_shows_the_numbers_of_all_its_terms(mixed):
+    page = html.page(mixed)
+
+    assert "narrow by seed: 1.5, 2.5, 3.5" in page
+    assert "float32 by seed: 1, 2, 3" in page
+
+
+def test_exponents_are_mathematics_in_latex(mixed):
+    tiny = [dataclasses.replace(one, series={name: Series(s.steps, [1 + v * 1e-7 for v in s.values]) for name, s in
+                                             one.series.items()}) for one in mixed.trials]  # fmt: skip
+
+    text = latex.table(runner.Results(mixed.experiment, tiny, mixed.out))
+
+    assert r"$1.0000002 \pm 2.5 \times 10^{-7}$" in text
+    assert not re.search(r"\de[-+]\d", text)

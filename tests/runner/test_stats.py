@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as oracle
 
-from precision_lab.runner.stats import mean_interval, student_t_975
+from precision_lab.runner.stats import Mean, mean_interval, student_t_975
 
 FLOATS = st.floats(-1e6, 1e6)
 
@@ -47,7 +47,16 @@ def test_a_nan_or_infinity_is_visible():
         ([100.0, 110.0, 120.0], False, "110 ± 25"),
         ([0.5, 0.5, 0.5], False, "0.5 ± 0"),
         ([1e-9, 2e-9, 3e-9], False, "2e-09 ± 2.5e-09"),
+        ([123456.2, 123460.2, 123464.2], False, "123460.2 ± 9.9"),
+        ([0.123456780, 0.123456789, 0.123456798], False, "0.123456789 ± 2.2e-08"),
     ],
 )
 def test_a_mean_is_printed_with_two_digits_of_its_interval(values, signed, text):
     assert mean_interval(values).text(signed=signed) == text
+
+
+@given(st.floats(-1e9, 1e9), st.floats(1e-9, 1e6))
+def test_what_is_printed_of_a_mean_is_off_by_less_than_its_interval_shows(mean, half_width):
+    printed = float(Mean(mean, half_width, 3).text().partition(" ")[0])
+
+    assert abs(printed - mean) <= 0.5000001 * 10 ** (math.floor(math.log10(half_width)) - 1)
