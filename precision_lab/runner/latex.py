@@ -21,7 +21,7 @@ def table(results: "Results") -> str:
     best = {metric: best_arms(results, metric) for metric in experiment.columns}
     heads = ["Arm", *(["Bits"] if bits else []), *(escape(name) for name in experiment.columns)]
     lines = [
-        r"\begin{table}", r"  \centering", f"  % {command(results)}",
+        r"\begin{table}", r"  \centering", f"  % {command(results, with_out=False)}",
         rf"  \begin{{tabular}}{{l{'r' * (len(heads) - 1)}}}", r"    \toprule",
         f"    {' & '.join(heads)} \\\\", r"    \midrule",
     ]  # fmt: skip

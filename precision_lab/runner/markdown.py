@@ -31,7 +31,7 @@ def body(results: "Results") -> str:
         f"Mean over seeds ± half of its 95 % interval; differences to `{experiment.baseline_name}` are paired by seed.",
         verdict_table(results) if results.verdicts else "",
         "## Arms\n\n" + _table(("arm", "differs from the baseline in"), _arms(results)),
-        f"## Run it again\n\n```\n{command(results)}\n```",
+        f"## Run it again\n\n```\n{command(results, with_out=False)}\n```",
         "## Environment\n\n" + _environment(results),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -152,10 +152,13 @@ def environments(results: "Results") -> dict[str, list[str]]:
     return {key: values for key, values in found.items() if values != [""]}
 
 
-def command(results: "Results", arm: str | None = None) -> str:
-    """Returns the command that runs the experiment, or one arm of it, again."""
+def command(results: "Results", arm: str | None = None, *, with_out: bool = True) -> str:
+    """Returns the command that runs the experiment, or one arm of it, again.
+
+    Pages that are published leave out the folder of results, which is a matter of one machine.
+    """
     words = results.experiment.words or (shlex.quote(str(results.folder)),)
-    out = () if str(results.out) == "runs" else ("--out", shlex.quote(str(results.out)))
+    out = () if str(results.out) == "runs" or not with_out else ("--out", shlex.quote(str(results.out)))
     if arm is not None:
         first = words.index("--arm") if "--arm" in words else len(words)
         words = (*words[:first], "--arm", shlex.quote(arm))
