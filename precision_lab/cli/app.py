@@ -10,7 +10,7 @@ import typer
 from precision_lab.cli import bench, browse, experiments, numbers, records
 from precision_lab.cli.output import error_console
 
-OK, BAD_INPUT, SOME_FAILED, DIVERGED, INTERRUPTED = 0, 2, 3, 4, 130
+OK, BAD_INPUT, SOME_FAILED, DIVERGED, PREEMPTED, INTERRUPTED = 0, 2, 3, 4, 75, 130
 
 app = typer.Typer(
     name="precision-lab",
@@ -38,7 +38,18 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         if os.environ.get("PRECISION_LAB_TRACEBACK", "0") not in ("", "0"):
             raise
         complain(error)
+    except SystemExit as ended:
+        if args is None and ended.code in (PREEMPTED, INTERRUPTED):
+            _leave(ended.code)
+        raise
     sys.exit(BAD_INPUT)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exits at once: what a signal cut short goes on in threads of XLA's, on which Python's own way out may crash."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def complain(error: Exception) -> None:

@@ -72,13 +72,16 @@ def export(
 
 def collect(
     out: Out = Path("runs"),
-    keep_last: Annotated[int, typer.Option("--keep-last", min=0, help="Checkpoints to keep of each run.")] = 1,
+    keep_last: Annotated[
+        int, typer.Option("--keep-last", min=0, help="Checkpoints to keep of each run; arms start from the last.")
+    ] = 1,
     yes: Annotated[bool, typer.Option("--yes", help="Delete; without it only what would go is shown.")] = False,
     json: Json = False,
 ) -> None:
     """Delete old checkpoints of finished runs; shows what would go, and deletes with --yes.
 
-    Records, results and the checkpoints of unfinished runs are never touched.
+    Records, results and the checkpoints of unfinished runs are never touched. With --keep-last 0 no arm can start from
+    a run (start), and no report can look into it.
     """
     from precision_lab.runner.cleaning import delete, old_checkpoints
     from precision_lab.runner.planning import bytes_text

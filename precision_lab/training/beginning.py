@@ -68,8 +68,11 @@ def _final_parameters(config: RunConfig, spec: DataSpec, folder: Path | None) ->
     with Checkpoints(folder, parent) as checkpoints:
         restored = checkpoints.restore(program_for(parent, spec).state_shapes)
     if restored is None or int(restored.state.step) != parent.train.steps:
-        found = "none" if restored is None else f"one of step {int(restored.state.step)}"
-        raise ValueError(f"the run that this one starts from left no last checkpoint in '{folder}', but {found}.")
+        found = "no checkpoint" if restored is None else f"a checkpoint of step {int(restored.state.step)}"
+        raise ValueError(
+            f"the run that this one starts from has {found} in '{folder}', and not its last, of step "
+            f"{parent.train.steps}. Delete that run's folder, and it is made again."
+        )
     state: TrainState = restored.state
     if parent.lora is not None:
         return _merged(parent, spec, state)

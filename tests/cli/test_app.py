@@ -244,3 +244,18 @@ def test_a_report_is_written_again_from_the_folder_of_results(cli, tmp_path):
     assert code == 0
     assert "reproduced" in out
     assert (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize(("code", "out"), [(75, "told\n"), (130, "told\n"), (3, "told\nended as usual\n")])
+def test_a_process_that_a_signal_stopped_ends_at_once_with_its_code(code, out):
+    script = (
+        "import atexit, importlib, sys\n"
+        "cli = importlib.import_module('precision_lab.cli.app')\n"
+        "atexit.register(print, 'ended as usual')\n"
+        f"cli.app = lambda *args, **options: (print('told'), sys.exit({code}))\n"
+        "cli.main()\n"
+    )
+
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+
+    assert (done.returncode, done.stdout) == (code, out)

@@ -63,7 +63,9 @@ def test_a_run_stopped_before_its_end_is_no_start(tmp_path):
 
     with pytest.raises(ValueError, match="belong to a run with another config: train differ"):
         child(config(), tmp_path)
-    with pytest.raises(ValueError, match=r"left no last checkpoint in '.*none', but none"):
+    with pytest.raises(
+        ValueError, match=r"has no checkpoint in '.*none', and not its last, of step \d+\. Delete that run's folder"
+    ):
         child(config(), tmp_path / "none")
 
 
