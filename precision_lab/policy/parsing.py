@@ -96,7 +96,9 @@ def _parse_settings(text: str, keys: tuple[str, ...], spec: str) -> dict[str, An
             raise ValueError(f"policy '{spec}': expected 'key=value', got '{part.strip()}'.")
         role = SHORT.get(key.lower(), key.lower())
         if role not in keys:
-            raise ValueError(f"policy '{spec}': unknown key '{key}'; {_nearest(key, keys)}")
+            head, colon, rest = key.partition(":")
+            rule = f"a rule follows a policy, such as 'float32;{head}:{rest}=...'." if colon else _nearest(key, keys)
+            raise ValueError(f"policy '{spec}': unknown key '{key}'; {rule}")
         if role in settings:
             raise ValueError(f"policy '{spec}': '{role}' is given twice.")
         settings[role] = _read(role, value, spec)

@@ -1,5 +1,6 @@
 """What may be deleted: checkpoints of finished runs, which nothing needs in order to go on."""
 
+import contextlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +8,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from precision_lab.runner.rundir import all_runs
+from precision_lab.runner.parents import parent_of
+from precision_lab.runner.rundir import FINISHED, RunDir, all_runs
 
 
 @dataclass(frozen=True)
@@ -23,17 +25,27 @@ def old_checkpoints(out: Path, keep_last: int = 1) -> list[Old]:
     """Returns the checkpoints of finished runs without the latest `keep_last` of each.
 
     A run that may still go on, one that diverged (its last finite checkpoint shows why), and whatever is no checkpoint
-    is left alone.
+    is left alone; so is the last checkpoint of a run that one which may go on begins from.
     """
-    found = []
-    for run in all_runs(out):
+    found, runs = [], all_runs(out)
+    needed = {_begins_from(run) for run in runs if run.status()["state"] not in FINISHED}
+    for run in runs:
         if run.status()["state"] != "done" or run.is_busy():
             continue
         steps = sorted((path for path in run.checkpoints.glob("*") if path.name.isdecimal()), key=lambda p: int(p.name))
-        drop = tuple(steps[: max(len(steps) - keep_last, 0)])
+        kept = max(keep_last, run.id in needed)
+        drop = tuple(steps[: max(len(steps) - kept, 0)])
         if drop:
             found.append(Old(run.id, drop, sum(_size(path) for path in drop)))
     return found
+
+
+def _begins_from(run: RunDir) -> str:
+    """Returns the name of the run that a run begins from, empty if there is none or nobody can tell any more."""
+    with contextlib.suppress(ValueError):
+        above = parent_of(run, run.config())
+        return "" if above is None else above.id
+    return ""
 
 
 def _size(path: Path) -> int:

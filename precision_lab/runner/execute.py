@@ -59,6 +59,7 @@ def check(experiment: ExperimentConfig, out: str | os.PathLike[str] = "runs") ->
     from precision_lab import training
     from precision_lab.data import load as load_data
 
+    refuse_unknown(experiment.tracker)
     planned = plan(experiment, Path(out))
     for one in planned:
         one.run.refuse_other(one.config)

@@ -10,7 +10,7 @@ from precision_lab.runner.stats import Mean
 if TYPE_CHECKING:
     from precision_lab.runner.results import Results
 
-_LOWER = ("loss", "error", "perplexity", "grad_norm")
+_LOWER = ("loss", "error", "mse", "excess", "perplexity", "grad_norm")
 _HIGHER = ("accuracy", "sqnr")
 
 

@@ -108,8 +108,14 @@ class Results:
         raise ValueError(f"no run of arm {arm!r} with seed {seed} in {self.experiment.name}.")
 
     def of_arm(self, arm: str) -> list[Trial]:
-        """Returns the runs of one arm, by seed."""
-        return self._by_arm.get(arm, [])
+        """Returns the runs of one arm, by seed.
+
+        Raises:
+          ValueError: an arm that is not there.
+        """
+        if arm not in self._by_arm:
+            raise ValueError(f"no arm {arm!r} in {self.experiment.name}{suggestion(arm, self._by_arm, what='arms')}")
+        return self._by_arm[arm]
 
     @cached_property
     def verdicts(self) -> list[Verdict]:

@@ -178,6 +178,22 @@ def test_a_torn_record_with_numbers_that_are_not_finite_can_be_read_by_everythin
     assert "eval/loss: " in cli("diff", ids["float32"], ids["float16_mixed"])[1]
 
 
+def test_gc_keeps_the_last_checkpoint_of_what_an_unfinished_run_begins_from(cli, tmp_path, training):
+    training.failures = {"float16": RuntimeError("boom")}
+    arms = {"first": {}, "second": {"policy": "float16_mixed", "start": {"arm": "first"}}}
+    (tmp_path / "chain.yaml").write_text(dump({**EXPERIMENT, "arms": arms, "seeds": [0], "claims": [], "baseline": ""}))
+    cli("run", "chain.yaml")
+    (folder,) = (tmp_path / "runs" / "trials").glob("*-float32-*")
+    for step in (4, 10):
+        (folder / "checkpoints" / str(step)).mkdir()
+    (tmp_path / "runs" / "trials" / "broken").mkdir()
+    (tmp_path / "runs" / "trials" / "broken" / "config.yaml").write_text("model: nonsense")
+
+    cli("gc", "--keep-last", "0", "--yes")
+
+    assert [name for name in files(folder / "checkpoints") if name.isdecimal()] == ["10"]
+
+
 def test_gc_shows_first_and_deletes_only_old_checkpoints_of_finished_runs(cli, tmp_path, training):
     training.failures, training.diverging = {"float16": RuntimeError("boom")}, {"bfloat16"}
     cli("run", "toy.yaml", "--smoke")

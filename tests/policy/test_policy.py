@@ -96,6 +96,7 @@ def test_spaces_case_and_a_trailing_comma_do_not_matter(spec):
         ("c=tf33", "unknown format 'tf33'.*tf32"),
         ("c=f32,compute=bf16", "'compute' is given twice"),
         ("comput=bf16", "unknown key 'comput'; did you mean 'compute'"),
+        ("head/**:compute=float16", "a rule follows a policy, such as 'float32;head/\\*\\*:compute=...'"),
         ("weights=int4", "unknown key 'weights'; did you mean 'weight'"),
         ("zzz=int4", "unknown key 'zzz'; the keys are params, compute, output, accum, weight, activation"),
         ("bfloat16_mixt", "did you mean 'bfloat16_mixed'"),

@@ -56,6 +56,15 @@ def test_the_frontier_is_what_nothing_beats(points):
     assert bool(on) == bool(points)
 
 
+def test_an_arm_that_is_not_there_is_refused_with_the_nearest(undrawn):
+    with pytest.raises(ValueError, match=r"no arm 'flot32' in .*; did you mean 'float32'"):
+        runner.run(EXPERIMENT, say=str).of_arm("flot32")
+
+
+def test_errors_of_weights_and_what_a_policy_costs_are_better_small():
+    assert [sense(name) for name in ("weights/relative_mse", "eval_int4/excess", "probe/max_error")] == [-1, -1, -1]
+
+
 def test_less_loss_and_more_accuracy_are_better_and_a_loss_scale_is_neither():
     assert [sense(name) for name in ("eval/loss", "eval/accuracy", "train/loss_scale", "train/skipped_steps")] == [
         -1,
