@@ -10,9 +10,10 @@ import gc
 import logging
 import os
 import shutil
+import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +58,7 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         if self._folder is not None:
             options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, cleanup_tmp_directories=True)
-            self._open.enter_context(_quiet())
+            self._open.enter_context(_QUIET)
             self._manager = self._open.enter_context(ocp.CheckpointManager(self._folder, options=options))
         return self
 
@@ -200,15 +201,35 @@ def _in_place(shapes: TrainState) -> TrainState:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or one), shapes)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps Orbax's messages, which come from several threads, out of the output; its errors are raised anyway."""
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
+class _Quiet:
+    """Keeps Orbax's messages, which come from several threads, out of the output; its errors are raised anyway.
+
+    Runs in several threads may be in this context at once: the first to come in silences the loggers, and the last
+    to leave gives them back their levels.
+    """
+
+    def __init__(self, *names: str) -> None:
+        self._loggers = [logging.getLogger(name) for name in names]
+        self._levels: list[int] = []
+        self._inside = 0
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._levels = [logger.level for logger in self._loggers]
+                self._set([logging.CRITICAL] * len(self._loggers))
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._set(self._levels)
+
+    def _set(self, levels: Sequence[int]) -> None:
+        for logger, level in zip(self._loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+_QUIET = _Quiet("absl", "asyncio")

@@ -97,3 +97,19 @@ def test_how_often_to_save_may_change_between_two_calls(tmp_path):
     again, _ = run(folder=tmp_path, train={"checkpoint_every": 5})
 
     assert again == result
+
+
+def test_loggers_have_their_levels_back_when_the_last_of_several_runs_has_ended(tmp_path):
+    """Contexts of runs in threads overlap as they please: here the first to open is the first to close."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    before = [logger.level for logger in loggers]
+    first, second = Checkpoints(tmp_path / "0", config()), Checkpoints(tmp_path / "1", config())
+
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None)
+    between = [logger.level for logger in loggers]
+    second.__exit__(None)
+
+    assert between == [logging.CRITICAL] * 2
+    assert [logger.level for logger in loggers] == before
