@@ -177,9 +177,17 @@ def _not_semantic(config: BaseModel) -> dict[str, Any]:
         marks = marks if isinstance(marks, dict) else {}
         if not marks.get("semantic", True) or ("legacy" in marks and _is(value, marks["legacy"])):
             found[name] = True
-        elif isinstance(value, BaseModel) and (inner := _not_semantic(value)):
+        elif inner := _not_semantic_within(value):
             found[name] = inner
     return found
+
+
+def _not_semantic_within(value: Any) -> dict[Any, Any]:
+    """Returns those of the configs within a value: itself, or by place in a tuple or mapping."""
+    if isinstance(value, BaseModel):
+        return _not_semantic(value)
+    parts = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, tuple) else ()
+    return {place: inner for place, part in parts if (inner := _not_semantic_within(part))}
 
 
 def _is(value: Any, legacy: Any) -> bool:
