@@ -83,6 +83,8 @@ def execute_trial(
     with run.claim(config, wait=wait):
         state = run.status()["state"]
         if state in FINISHED:  # Another process was faster.
+            progress.start_run(label, config.total_steps)
+            progress.end_run(state)
             return state
         try:
             attempt = run.start({**env, **registered_code(config)})
