@@ -6,6 +6,7 @@ where it goes on.
 
 import contextlib
 import logging
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -82,6 +83,8 @@ def execute_trial(
     with run.claim(config, wait=wait):
         state = run.status()["state"]
         if state in FINISHED:  # Another process was faster.
+            progress.start_run(label, config.total_steps)
+            progress.end_run(state)
             return state
         try:
             attempt = run.start({**env, **registered_code(config)})
@@ -160,17 +163,29 @@ class _Attempt:
         return TrackedSink(self.run.sink(self.number), told, self.trackers)
 
 
+_logged: set[int] = set()
+"""Threads of this process whose run has a log now."""
+
+
 @contextmanager
 def _logging_to(path: Path) -> Iterator[None]:
-    """Keeps what libraries log during a run in its log, which exists only if there was something."""
+    """Keeps what libraries log during a run in its log, which exists only if there was something.
+
+    Of runs that go on at once each has the messages of its own thread; those of threads that serve no run in
+    particular, such as a library's, are in the logs of all.
+    """
+    own = threading.get_ident()
     path.parent.mkdir(exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.addFilter(lambda record: record.thread == own or record.thread not in _logged)
+    _logged.add(own)
     logging.getLogger().addHandler(handler)
     try:
         yield
     finally:
         logging.getLogger().removeHandler(handler)
+        _logged.discard(own)
         with contextlib.suppress(OSError):  # What a full disk did not take.
             handler.close()
 

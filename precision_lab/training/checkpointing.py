@@ -10,9 +10,10 @@ import gc
 import logging
 import os
 import shutil
+import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +58,7 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         if self._folder is not None:
             options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, cleanup_tmp_directories=True)
-            self._open.enter_context(_quiet())
+            self._open.enter_context(_QUIET)
             self._manager = self._open.enter_context(ocp.CheckpointManager(self._folder, options=options))
         return self
 
@@ -176,9 +177,17 @@ def _not_semantic(config: BaseModel) -> dict[str, Any]:
         marks = marks if isinstance(marks, dict) else {}
         if not marks.get("semantic", True) or ("legacy" in marks and _is(value, marks["legacy"])):
             found[name] = True
-        elif isinstance(value, BaseModel) and (inner := _not_semantic(value)):
+        elif inner := _not_semantic_within(value):
             found[name] = inner
     return found
+
+
+def _not_semantic_within(value: Any) -> dict[Any, Any]:
+    """Returns those of the configs within a value: itself, or by place in a tuple or mapping."""
+    if isinstance(value, BaseModel):
+        return _not_semantic(value)
+    parts = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, tuple) else ()
+    return {place: inner for place, part in parts if (inner := _not_semantic_within(part))}
 
 
 def _is(value: Any, legacy: Any) -> bool:
@@ -200,15 +209,35 @@ def _in_place(shapes: TrainState) -> TrainState:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or one), shapes)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps Orbax's messages, which come from several threads, out of the output; its errors are raised anyway."""
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
+class _Quiet:
+    """Keeps Orbax's messages, which come from several threads, out of the output; its errors are raised anyway.
+
+    Runs in several threads may be in this context at once: the first to come in silences the loggers, and the last
+    to leave gives them back their levels.
+    """
+
+    def __init__(self, *names: str) -> None:
+        self._loggers = [logging.getLogger(name) for name in names]
+        self._levels: list[int] = []
+        self._inside = 0
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._levels = [logger.level for logger in self._loggers]
+                self._set([logging.CRITICAL] * len(self._loggers))
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._set(self._levels)
+
+    def _set(self, levels: Sequence[int]) -> None:
+        for logger, level in zip(self._loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+_QUIET = _Quiet("absl", "asyncio")

@@ -54,7 +54,8 @@ def evaluate(
 def weight_errors(config: RunConfig, spec: DataSpec) -> dict[str, Callable[[TrainState], dict[str, float]]]:
     """Returns by split, "weights" and "weights_<name>", what measures the error of the weights that a policy quantizes.
 
-    Its "relative_mse" is the squared error of all of them over the sum of their squares.
+    Its "relative_mse" is the squared error of all of them over the sum of their squares, both of the weights as that
+    policy stores them.
     """
     policies = {"weights": config.policy, **{f"weights_{name}": policy for name, policy in config.evals.items()}}
     static = static_part(config)
@@ -95,11 +96,13 @@ def check_evaluations(program: Program, config: RunConfig, spec: DataSpec) -> No
 @once(_EVALUATORS_KEPT)
 def _weight_measure(config: RunConfig, spec: DataSpec, policy: str) -> Any:
     """Returns the jitted function from a state to the relative squared error of the weights that a policy quantizes."""
+    parsed = Policy.parse(policy)
     model = model_under(config, spec, Policy.parse("float32"))
     example = batch_shapes(spec, 1)["inputs"]
 
     def measured(state: TrainState) -> jax.Array:
-        return relative_mse(weight_error(nnx.merge(model.eval, state.params, state.model_state), policy, example))
+        stored = parsed.cast_to_param(state.params)
+        return relative_mse(weight_error(nnx.merge(model.eval, stored, state.model_state), parsed, example))
 
     return jax.jit(measured)
 

@@ -2,13 +2,17 @@
 
 import logging
 import math
+from typing import Annotated
 
 import jax
 import numpy as np
 import pytest
+from pydantic import Field
 
 from precision_lab.data import DigitsConfig
-from precision_lab.training.checkpointing import Checkpoints
+from precision_lab.models.fields import FrozenConfig
+from precision_lab.runner.identity import semantic
+from precision_lab.training.checkpointing import Checkpoints, _not_semantic
 from precision_lab.training.numbers import hyper
 from precision_lab.training.program import program_for
 from tests.training.runs import config, run
@@ -97,3 +101,41 @@ def test_how_often_to_save_may_change_between_two_calls(tmp_path):
     again, _ = run(folder=tmp_path, train={"checkpoint_every": 5})
 
     assert again == result
+
+
+def test_loggers_have_their_levels_back_when_the_last_of_several_runs_has_ended(tmp_path):
+    """Contexts of runs in threads overlap as they please: here the first to open is the first to close."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    before = [logger.level for logger in loggers]
+    first, second = Checkpoints(tmp_path / "0", config()), Checkpoints(tmp_path / "1", config())
+
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None)
+    between = [logger.level for logger in loggers]
+    second.__exit__(None)
+
+    assert between == [logging.CRITICAL] * 2
+    assert [logger.level for logger in loggers] == before
+
+
+class _Part(FrozenConfig):
+    """A part of a config, with an option that came later and one that does not tell runs apart."""
+
+    size: int = 1
+    added: Annotated[int, Field(json_schema_extra={"legacy": 0})] = 0
+    shown: Annotated[str, Field(json_schema_extra={"semantic": False})] = ""
+
+
+class _Whole(FrozenConfig):
+    parts: tuple[_Part, ...] = ()
+    named: dict[str, _Part] = {}  # noqa: RUF012 (pydantic copies it)
+
+
+def test_what_tells_runs_apart_within_tuples_and_mappings_is_what_their_names_are_made_of():
+    parts = _Part(size=2, shown="x"), _Part(added=3)
+
+    whole = _Whole(parts=parts, named={"a": parts[0], "b": parts[1]})
+
+    assert whole.model_dump(mode="json", exclude=_not_semantic(whole)) == semantic(whole)
+    assert semantic(whole)["parts"] == [{"size": 2}, {"size": 1, "added": 3}]

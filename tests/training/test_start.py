@@ -161,3 +161,15 @@ def test_an_evaluation_tells_what_it_costs_and_what_quantizers_lose_of_the_weigh
     assert sink.of("weights_half") == {}
     logged = {name for name in result.metrics if not name.startswith("train/")}
     assert logged == metric_names(config(train={"steps": 0}, evals=evals, policy="weight=int8@channel"))
+
+
+def test_what_quantizers_lose_is_told_of_the_weights_as_the_further_policy_stores_them():
+    evals = {"half": "params=float16,weight=int8@channel"}
+
+    _, sink = run(train={"steps": 0}, evals=evals, model={"kind": "mlp", "hidden": [16]})
+
+    model = models.build(config().model, config().data.spec(), 0)
+    kernels = [np.float16(layer.kernel.get_raw_value()) for layer in (model.layers[0], model.head)]
+    lost = [np.float64(pl.fake_quantize(np.float32(one), "int8@channel", axis=0)) - one for one in kernels]
+    expected = sum(np.sum(one**2) for one in lost) / sum(np.sum(np.float64(one) ** 2) for one in kernels)
+    assert sink.of("weights_half")[0]["relative_mse"] == pytest.approx(expected, rel=1e-6)
