@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from precision_lab import formats
+from precision_lab.formats.scalar import power_of_two
 
 
 class Pair(NamedTuple):
@@ -54,12 +55,13 @@ def rescale_pair(pair: Pair, exponents: jax.Array) -> Pair:
 
     Args:
       pair: kernels around a ReLU.
-      exponents: integers (hidden,).
+      exponents: integers (hidden,), not traced.
 
     Raises:
       ValueError: shapes do not fit.
     """
-    return pair.scaled(jnp.ldexp(jnp.ones((), pair.first.dtype), exponents))
+    powers = np.reshape([float(power_of_two(int(exponent))) for exponent in np.ravel(exponents)], np.shape(exponents))
+    return pair.scaled(jnp.asarray(powers, pair.first.dtype))
 
 
 class Norm(NamedTuple):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from precision_lab.runner.drawing import COLOURS, MARKERS, Picture, figure_of, look, plain_log_ticks
 from precision_lab.runner.plots import legend_below, room, shown_arms
 from precision_lab.runner.ranking import Point, pareto, sense
+from precision_lab.telemetry.reading import exponent_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,7 +50,7 @@ def labels(points: Sequence[Point]) -> list[tuple[float, float, str]]:
     span = max(point.mean.mean for point in points) - min(point.mean.mean for point in points)
     groups: list[list[Point]] = []
     for point in sorted(points, key=lambda point: (point.bits, point.mean.mean)):
-        near = groups and abs(math.log2(point.bits / groups[-1][0].bits)) < 0.1
+        near = groups and point.bits < 1.07 * groups[-1][0].bits
         if near and point.mean.mean - groups[-1][-1].mean.mean < 0.05 * span:
             groups[-1].append(point)
         else:
@@ -64,10 +65,9 @@ def _names(arms: Sequence[str]) -> str:
 
 def _plain_powers(panel: "Axes", values: Sequence[float]) -> None:
     """Labels a logarithmic axis of bits by plain powers of two around the values."""
-    low, high = math.floor(math.log2(min(values))), math.ceil(math.log2(max(values)))
-    ticks = [2.0**k for k in range(low, high + 1)]
+    ticks = [2.0**k for k in range(exponent_of(min(values)), exponent_of(max(values)) + 2)]
     panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    panel.set_xlim(2.0 ** (math.log2(min(values)) - 0.25), 2.0 ** (math.log2(max(values)) + 0.6))
+    panel.set_xlim(min(values) / 1.2, max(values) * 1.5)
 
 
 def heat_map(insides: Mapping[str, "Inside"], which: str = "sqnr_db") -> str | None:

@@ -31,10 +31,10 @@ class Window(NamedTuple):
 
 def window(fmt: Format) -> Window:
     """Returns the exponents that a format covers; for integers, whose values are equally spaced, from one step up."""
-    return Window(*map(_exponent, (fmt.min_subnormal, fmt.min_normal, fmt.max)))
+    return Window(*map(exponent_of, (fmt.min_subnormal, fmt.min_normal, fmt.max)))
 
 
-def _exponent(value: float) -> int:
+def exponent_of(value: float) -> int:
     """Returns the largest k with 2**k <= value; exact, since a float's denominator is a power of two."""
     numerator, denominator = value.as_integer_ratio()
     return numerator.bit_length() - denominator.bit_length()

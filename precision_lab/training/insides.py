@@ -1,6 +1,5 @@
 """What a finished run's numbers look like inside: error of each site's product, exponents of weights and gradients."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,12 @@ from flax import nnx
 
 from precision_lab import data, models
 from precision_lab.formats import BlockFormat, Codebook, Format
+from precision_lab.formats.scalar import power_of_two
 from precision_lab.models import DataSpec
 from precision_lab.optim import scale_loss
 from precision_lab.policy import Policy
 from precision_lab.telemetry import compare
-from precision_lab.telemetry.reading import window
+from precision_lab.telemetry.reading import exponent_of, window
 from precision_lab.training.checkpointing import Checkpoints
 from precision_lab.training.config import RunConfig
 from precision_lab.training.program import cross_entropy, model_under, program_for
@@ -93,7 +93,8 @@ def _described(tree: Any, put_in: tuple[Any, bool]) -> dict[str, Any]:
     leaves = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)]
     values = np.abs(np.concatenate(leaves)) if leaves else np.zeros(0)
     finite = values[np.isfinite(values) & (values > 0)]
-    exponents, counts = np.unique(np.frexp(finite)[1] - 1, return_counts=True)
+    # Exponent fields of float64, in which no float32 is subnormal.
+    exponents, counts = np.unique((finite.view(np.int64) >> 52) - 1023, return_counts=True)
     fmt, scaled = put_in
     lowest, normal, top = _window(fmt, float(finite.max(initial=0.0)) if scaled else None)
     total = max(values.size, 1)
@@ -102,8 +103,8 @@ def _described(tree: Any, put_in: tuple[Any, bool]) -> dict[str, Any]:
         "format": fmt.name + (", scaled" if scaled else ""),
         "window": [lowest, normal, top],
         "zero": float(np.sum(values == 0) / total),
-        "below": float(np.sum(np.ldexp(1.0, lowest) > finite) / total),
-        "above": float(np.sum(finite >= np.ldexp(1.0, top + 1)) / total),
+        "below": float(np.sum(finite < float(power_of_two(lowest))) / total),
+        "above": float(np.sum(finite >= float(power_of_two(top + 1))) / total),
     }
 
 
@@ -111,10 +112,10 @@ def _window(fmt: Format | Codebook | BlockFormat, amax: float | None) -> tuple[i
     """Returns the exponents that a format covers, moved so that `amax` is its largest where a scale does that."""
     if isinstance(fmt, Codebook):
         levels = sorted(abs(float(value)) for value in fmt.levels if value)
-        found = (math.frexp(levels[0])[1] - 1, math.frexp(levels[0])[1] - 1, math.frexp(levels[-1])[1] - 1)
+        found = (exponent_of(levels[0]), exponent_of(levels[0]), exponent_of(levels[-1]))
     else:
         found = tuple(window(fmt.element if isinstance(fmt, BlockFormat) else fmt))
     if not amax:
         return found  # pyright: ignore[reportReturnType] (three exponents)
-    shift = math.frexp(amax)[1] - 1 - found[2]
+    shift = exponent_of(amax) - found[2]
     return found[0] + shift, found[1] + shift, found[2] + shift
