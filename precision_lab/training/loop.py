@@ -89,8 +89,8 @@ def train(
     """Trains what `config` describes, from the latest checkpoint if there is one, and returns how it ended.
 
     A run that is killed at any moment and called again gives bitwise the metrics of one that was not (on the same
-    machine and with the same libraries). A finished run returns its result again and trains nothing. A run of no steps
-    saves nothing.
+    machine, with the same libraries, and in lockstep with as many others as before, if with any). A finished run
+    returns its result again and trains nothing. A run of no steps saves nothing.
 
     Args:
       config: the run.
