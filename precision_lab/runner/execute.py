@@ -7,6 +7,7 @@ the work instead of repeating it.
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from precision_lab.runner.config import ExperimentConfig
 from precision_lab.runner.disk import DiskFullError, disk_full, is_disk_full
 from precision_lab.runner.distributed import follow, initialize
 from precision_lab.runner.environment import differences, fingerprint, registered_code
+from precision_lab.runner.groups import structure_of
 from precision_lab.runner.identity import run_id
 from precision_lab.runner.loading import Source, load
 from precision_lab.runner.resolve import BASE_KEYS
@@ -125,7 +127,7 @@ def run(
         if any(one.state == "preempted" for one in results.trials):
             raise Preempted
         return results
-    env = {**fingerprint(), **executors.FINGERPRINTS.get(executor, {})}
+    env = {**fingerprint(), **(executors.FINGERPRINTS.get(executor, {}) if jobs != 1 else {})}
     pending = [one for one in planned if one.run.status()["state"] not in FINISHED]
     for line in _reused(planned, pending, env):
         say(line)
@@ -176,7 +178,11 @@ def _reused(planned: Sequence[Planned], pending: Sequence[Planned], env: Mapping
     finished = [one for one in planned if one not in pending]
     if finished:
         yield f"{len(finished)} of {len(planned)} runs are finished already and are reused."
-    changed = [words for one in planned if (words := _changed(one, env))]
+    alike = Counter(structure_of(one.config) for one in planned)
+    alone = {key: value for key, value in env.items() if key != "executor"}  # Who shares no program runs in turn.
+    changed = [
+        words for one in planned if (words := _changed(one, env if alike[structure_of(one.config)] > 1 else alone))
+    ]
     if changed:
         words = "; ".join(dict.fromkeys(word for words in changed for word in words))
         yield f"warning: {len(changed)} runs come from another environment ({words}); --out NEW runs them afresh."
@@ -186,7 +192,8 @@ def _changed(one: Planned, env: Mapping[str, Any]) -> list[str]:
     """Returns what differs between the environments of a run's attempts and this one, in words."""
     stored = one.run.envs()
     current = {**env, **registered_code(one.config)} if stored else {}
-    return [word for earlier in stored for word in differences(earlier, current)]
+    same = [{key: value for key, value in env.items() if key != "lanes"} for env in stored]  # None yet, here.
+    return [word for earlier in same for word in differences(earlier, current)]
 
 
 def _save_experiment(experiment: ExperimentConfig, out: Path) -> None:

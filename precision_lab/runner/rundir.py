@@ -38,6 +38,9 @@ GONE_AFTER_S = 5 * HEARTBEAT_S
 
 _POLL_S = 5.0
 
+_GLANCE_S = 0.3
+"""How long a lock is tried for: whoever reads the status of a run holds it for a moment."""
+
 
 class BusyError(Exception):
     """Another process is executing the run."""
@@ -190,7 +193,7 @@ class RunDir:
 
     def _lock(self, wait: bool) -> FileLock:
         """Returns the lock, held, once no other machine executes the run either."""
-        lock = FileLock(self.path / "lock", timeout=-1 if wait else 0)
+        lock = FileLock(self.path / "lock", timeout=-1 if wait else _GLANCE_S)
         while True:
             try:
                 lock.acquire()

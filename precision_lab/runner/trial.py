@@ -24,7 +24,7 @@ from precision_lab.runner.stopping import Preempted, Stop
 from precision_lab.runner.summary import flat
 from precision_lab.runner.together import agreed, announce
 from precision_lab.runner.trackers import Tracked, TrackedSink
-from precision_lab.training import AnyRun
+from precision_lab.training import AnyRun, RunConfig
 
 
 class Progress(Protocol):
@@ -152,6 +152,8 @@ class _Attempt:
         found: dict[str, Any] = {"step": result.step, "metrics": result.metrics}
         if result.status == "diverged":
             found["last_finite_checkpoint"] = result.last_finite
+        if isinstance(self.config, RunConfig) and self.config.train.on_nonfinite == "continue":
+            found["first_nonfinite"] = result.first_nonfinite
         if sink.troubles:
             found["trackers"] = sink.troubles
         run.finish(state, duration_s=round(time.monotonic() - started, 3), attempt=self.number, **found)

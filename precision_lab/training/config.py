@@ -227,8 +227,8 @@ class TrainConfig(FrozenConfig):
         bit; in a narrow format the gradients move k binades towards underflow. At most 32 either way: gradients
         below 2**(k - 126) become subnormal in float32 itself, where they lose digits or are flushed to zero.
       on_nonfinite: "stop" ends the run as diverged once a step with a non-finite loss was applied; "skip" applies
-        no step with a non-finite loss or gradient, with a loss scale or without one, and counts it; "continue" records
-        it and goes on.
+        no step with a non-finite loss or gradient, with a loss scale or without one, and counts it; "continue" goes
+        on, and the result says which step was the first (`first_nonfinite`).
     """
 
     steps: NotNegativeInt

@@ -87,6 +87,9 @@ class Lockstep:
             self._stack, metrics = _vmapped(step)(self._stack, batch, self._numbers)
             self._measured = _Measured(metrics)
         except BaseException as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                lanes = len(self._places)
+                error = MemoryError(f"{lanes} runs at once do not fit: make fewer at once, --jobs N. {error}")
             self._error = error
         self._arrived.clear()
         self._condition.notify_all()

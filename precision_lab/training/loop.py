@@ -48,12 +48,15 @@ class RunResult:
         "stopped" if it was asked to stop, and has saved.
       step: the last step, or the one that diverged.
       metrics: latest value of each metric by "split/name".
+      first_nonfinite: the first applied step whose loss was not finite, between rows too; None if there was none, or
+        none that a row has told of yet in a run that was stopped.
       last_finite: step of the latest checkpoint with finite parameters, None if there is none; no part of the result.
     """
 
     status: Literal["done", "diverged", "stopped"]
     step: int
     metrics: dict[str, float]
+    first_nonfinite: int | None = None
     last_finite: int | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
@@ -86,8 +89,8 @@ def train(
     """Trains what `config` describes, from the latest checkpoint if there is one, and returns how it ended.
 
     A run that is killed at any moment and called again gives bitwise the metrics of one that was not (on the same
-    machine and with the same libraries). A finished run returns its result again and trains nothing. A run of no steps
-    saves nothing.
+    machine, with the same libraries, and in lockstep with as many others as before, if with any). A finished run
+    returns its result again and trains nothing. A run of no steps saves nothing.
 
     Args:
       config: the run.
@@ -188,7 +191,7 @@ class _Run:
             on_step(done, self._metrics.get("train/loss", math.nan))
             if not last and should_stop():
                 self._save(done, alone(state))
-                return RunResult("stopped", done, dict(self._metrics))
+                return self._ended("stopped", done)
         return self._result(done)
 
     def _save(self, done: int, state: TrainState) -> None:
@@ -210,8 +213,12 @@ class _Run:
     def _result(self, done: int) -> RunResult:
         """Returns how the run ended after `done` steps."""
         if self._stops():
-            return RunResult("diverged", done if self._bad_step == NEVER else self._bad_step, dict(self._metrics))
-        return RunResult("done", done, dict(self._metrics))
+            return self._ended("diverged", done if self._bad_step == NEVER else self._bad_step)
+        return self._ended("done", done)
+
+    def _ended(self, status: Literal["done", "diverged", "stopped"], step: int) -> RunResult:
+        """Returns a result with what is known by now."""
+        return RunResult(status, step, dict(self._metrics), None if self._bad_step == NEVER else self._bad_step)
 
     def _log(self, done: int, measured: Mapping[str, jax.Array]) -> None:
         """Writes a row of training metrics, and notices the first bad step so far."""

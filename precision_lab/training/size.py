@@ -32,8 +32,9 @@ def disk_bytes(config: AnyRun) -> int:
     if isinstance(config, ProbeRun):
         return _ROW_BYTES
     train = config.train
-    saves = 1 + ((train.steps - 1) // train.checkpoint_every if train.checkpoint_every else 0)
-    evaluations = 2 * (2 + (train.steps // train.eval_every if train.eval_every else 0))
+    saves = min(train.steps, 1 + ((train.steps - 1) // train.checkpoint_every if train.checkpoint_every else 0))
+    looks = {0, train.steps, *train.eval_at, *range(0, train.steps, train.eval_every or max(train.steps, 1))}
+    evaluations = len(looks) * (2 + len(config.evals))
     rows = evaluations + train.steps // train.log_every
     return min(saves, checkpointing._KEPT) * state_bytes(config) + _ROW_BYTES * rows
 

@@ -136,3 +136,10 @@ def test_slurm_without_sbatch_is_refused_with_the_way_out(monkeypatch):
 
     with pytest.raises(ValueError, match="needs sbatch, which is not on this machine"):
         slurm.execute([], None)
+
+
+def test_a_resource_of_ray_that_is_no_number_is_refused_by_name():
+    from precision_lab.runner.executors.ray import _resources
+
+    with pytest.raises(ValueError, match=r"takes a number as num_gpus, such as 1 or 0\.5, got 'x'"):
+        _resources({"num_gpus": "x"})

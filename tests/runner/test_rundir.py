@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
@@ -227,3 +228,14 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_what_is_no_run_directory_says_so(tmp_path):
     with pytest.raises(ValueError, match=r"is not a run directory: it has no config\.yaml"):
         RunDir(tmp_path).config()
+
+
+def test_a_run_whose_status_somebody_reads_at_the_moment_can_be_claimed(tmp_path):
+    run = run_dir(tmp_path, CONFIG)
+    run.prepare(CONFIG)
+    reader = rundir.FileLock(run.path / "lock", thread_local=False)
+    reader.acquire()
+    threading.Timer(0.05, reader.release).start()
+
+    with run.claim(CONFIG, wait=False):
+        assert run.is_locked()

@@ -4,9 +4,13 @@ import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
 from precision_lab import runner
 from precision_lab.runner.execute import plan
+from precision_lab.runner.rundir import RunDir
 from precision_lab.runner.trial import _logging_to, execute_trial
+from precision_lab.training import RunResult
 from tests.runner.fakes import EXPERIMENT
 
 
@@ -54,3 +58,16 @@ def test_a_run_that_another_process_finished_counts_as_one_that_ended(training, 
 
     assert (state, len(training.trained)) == ("done", trained)
     assert progress.told == [("again", 10), "done"]
+
+
+@pytest.mark.parametrize("first", [7, None])
+def test_the_summary_of_a_run_that_goes_on_whatever_happens_says_when_it_happened(training, monkeypatch, first):
+    ended = RunResult("done", 10, {"eval/loss": 1.0}, first_nonfinite=first)
+    monkeypatch.setattr("precision_lab.training.train", lambda *_, **__: ended)
+    going_on = {**EXPERIMENT, "train": {**EXPERIMENT["train"], "on_nonfinite": "continue"}, "seeds": [0], "claims": []}
+
+    results = runner.run(going_on, out="runs", say=lambda _: None)
+    stopping = runner.run({**EXPERIMENT, "seeds": [0], "claims": []}, out="runs", say=lambda _: None)
+
+    assert [RunDir(one.path).summary()["first_nonfinite"] for one in results.trials] == [first] * 3
+    assert not any("first_nonfinite" in RunDir(one.path).summary() for one in stopping.trials)

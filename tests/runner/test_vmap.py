@@ -131,6 +131,20 @@ def test_a_run_that_another_command_holds_is_left_for_later(training, many, tmp_
     assert [one.run.status()["state"] for one in group] == ["queued", "done", "done"]
 
 
+def test_the_environment_says_how_many_went_at_once_and_nothing_of_a_run_that_went_alone(training, many, tmp_path):
+    said = []
+    three = {**EXPERIMENT, "arms": {"float32": {}}, "claims": []}
+    alone = {**EXPERIMENT, "arms": {"alone": {"policy": "float16_mixed"}}, "seeds": [0], "claims": []}
+
+    for experiment in (three, alone):
+        results = runner.run(experiment, out="runs", executor="vmap", say=said.append)
+        lanes = [(env.get("executor"), env.get("lanes")) for trial in results.trials for env in trial.envs]
+        assert lanes == ([("vmap", 3)] * 3 if experiment is three else [(None, None)])
+        said.clear()
+        runner.run(experiment, out="runs", executor="vmap", say=said.append)
+        assert not any("another environment" in line for line in said)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "state"), [(signal.SIGTERM, 75, "preempted"), (signal.SIGKILL, -9, "running")]

@@ -100,6 +100,25 @@ def test_continue_records_it_and_goes_on(bad_step):
     assert (result.status, result.step) == ("done", STEPS)
 
 
+@pytest.mark.parametrize("log_every", [1, STEPS])
+def test_continue_tells_the_first_bad_step_whatever_the_rows_and_though_it_was_killed(tmp_path, bad_step, log_every):
+    """The only row in 16 steps is the last one."""
+
+    def kill(step, loss):
+        if step == bad_step + 1:
+            raise KeyboardInterrupt
+
+    kept = {"folder": tmp_path, **changes("continue", log_every=log_every)}
+    with pytest.raises(KeyboardInterrupt):
+        run(**kept, on_step=kill)
+    result, _ = run(**kept)
+    again, _ = run(**kept)
+
+    assert result.first_nonfinite == again.first_nonfinite == bad_step
+    assert run(**changes("skip"))[0].first_nonfinite is None
+    assert run(train={"on_nonfinite": "continue"})[0].first_nonfinite is None
+
+
 def test_a_run_asked_to_stop_saves_and_ends_like_one_that_was_not(tmp_path):
     changes = {"train": {"checkpoint_every": None}, "loss_scale": {"kind": "dynamic", "interval": 3}}
     whole, whole_sink = run(**changes)

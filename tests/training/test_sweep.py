@@ -105,6 +105,22 @@ def test_an_error_of_the_common_step_reaches_every_run(monkeypatch):
     assert [type(result) for result in results] == [MemoryError, MemoryError]
 
 
+def test_a_group_that_does_not_fit_says_the_way_out(monkeypatch):
+    def full(step):
+        def raises(*_):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+        return raises
+
+    monkeypatch.setattr("precision_lab.training.lockstep._vmapped", full)
+
+    results, _ = group([{"seed": 0}, {"seed": 1}])
+
+    for result in results:
+        assert "Out of memory allocating 9 bytes" in str(result)
+        assert str(result).startswith("2 runs at once do not fit: make fewer at once, --jobs N.")
+
+
 class StopError(Exception):
     """Stands for a kill."""
 

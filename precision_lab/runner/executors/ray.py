@@ -76,7 +76,15 @@ def _resources(options: Any) -> dict[str, float]:
     for key in options:
         if key not in _RESOURCES:
             raise ValueError(f"executor 'ray' has no option {key!r}; there are {', '.join(_RESOURCES)}.")
-    return {**_RESOURCES, **{key: float(value) for key, value in options.items()}}
+    return {**_RESOURCES, **{key: _number(key, value) for key, value in options.items()}}
+
+
+def _number(key: str, text: str) -> float:
+    """Returns the value of an option."""
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"executor 'ray' takes a number as {key}, such as 1 or 0.5, got {text!r}.") from None
 
 
 @contextmanager
