@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from precision_lab import formats
-from precision_lab.formats.scalar import power_of_two
 
 
 class Pair(NamedTuple):
@@ -55,13 +54,13 @@ def rescale_pair(pair: Pair, exponents: jax.Array) -> Pair:
 
     Args:
       pair: kernels around a ReLU.
-      exponents: integers (hidden,), not traced.
+      exponents: integers (hidden,), from -126 to 127: what float32 has as normal powers of two.
 
     Raises:
       ValueError: shapes do not fit.
     """
-    powers = np.reshape([float(power_of_two(int(exponent))) for exponent in np.ravel(exponents)], np.shape(exponents))
-    return pair.scaled(jnp.asarray(powers, pair.first.dtype))
+    fields = (jnp.asarray(exponents, jnp.int32) + 127) << 23
+    return pair.scaled(jax.lax.bitcast_convert_type(fields, jnp.float32).astype(pair.first.dtype))
 
 
 class Norm(NamedTuple):

@@ -38,7 +38,10 @@ def test_check_19_runs_at_once_give_the_rows_of_runs_in_turn_to_rounding(tmp_pat
     for run, in_turn in expected.items():
         assert [(row["step"], row["split"]) for row in found[run]] == [(row["step"], row["split"]) for row in in_turn]
         for row, other in zip(found[run], in_turn, strict=True):
-            np.testing.assert_allclose(row["loss"], other["loss"], rtol=1e-4)
+            measured = {"loss", "relative_mse"} & row.keys()
+            assert measured, row
+            for name in measured:
+                np.testing.assert_allclose(row[name], other[name], rtol=1e-4)
     envs = [json.loads(path.read_text()) for path in tmp_path.glob("vmap/trials/*/env.json")]
     assert [env["executor"] for env in envs] == ["vmap"] * 6
 
