@@ -164,7 +164,7 @@ def test_checkpoints_of_a_group_are_those_of_a_run_alone(tmp_path):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"policy": "weight=int8@tensor"}, "policy weight=int8, not int8@channel"),
+        ({"policy": "weight=int8@tensor"}, "policy weight=int8, not int4@channel"),
         ({"policy": "weight=int8@channel", "model": {"kind": "mlp", "hidden": [8]}}, r"model.hidden is \(8,\), not"),
     ],
 )
