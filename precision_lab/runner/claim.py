@@ -1,6 +1,7 @@
 """What every claim has in common: terms that name numbers of runs, and the verdict on them."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
@@ -103,22 +104,20 @@ class ClaimBase(BaseModel):
     metric: str = ""
     reduce: Reduce = "last"
 
-    divergence_refutes: ClassVar[bool] = False
-    """Whether the claim is wrong, and not undecided, where one of its arms diverged and another did not."""
     pairs: ClassVar[bool] = False
     """Whether the claim compares its arms seed by seed."""
 
+    @abstractmethod
     def terms(self) -> list[tuple[Keys, Term]]:
         """Returns the terms as written, each with the keys that lead to it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def in_words(self) -> str:
         """Returns the claim in words, made from its terms."""
-        raise NotImplementedError
 
-    def decide(self, numbers: Numbers) -> Finding:
-        """Returns what finite numbers say."""
-        raise NotImplementedError
+    @abstractmethod
+    def judge(self, value: Value, seeds: Sequence[int]) -> Verdict:
+        """Returns the verdict on the claim from what each term is on each seed."""
 
     @model_validator(mode="after")
     def _every_term_has_a_metric(self) -> "ClaimBase":
@@ -142,16 +141,26 @@ class ClaimBase(BaseModel):
         """Returns the claim in words, made from its terms if the author gave none."""
         return self.say or self.in_words()
 
-    def named(self, *terms: str | Term) -> str:
-        """Returns the first of some terms in full, and the others by their arms alone if they say nothing else."""
-        first, *rest = (self.full(term) for term in terms)
-        return " and ".join([str(first), *(self.label(one) for one in rest)])
-
     def label(self, term: str | Term) -> str:
         """Returns the arm, with what distinguishes the term from others of this claim."""
         term = self.full(term)
         own = term.metric == (self.metric or term.metric) and term.reduce == self.reduce
         return term.arm if own and self.metric else str(term)
+
+    def _verdict(self, verdict: str, because: str, numbers: dict[str, list[float]], seeds: Sequence[int]) -> Verdict:
+        kind = getattr(self, "kind", "")
+        return Verdict(self.sentence(), kind, verdict, because, self.paper, numbers, tuple(seeds))
+
+
+class NumericClaim(ClaimBase):
+    """A claim that finite numbers decide: where there are none it is inconclusive."""
+
+    divergence_refutes: ClassVar[bool] = False
+    """Whether the claim is wrong, and not undecided, where one of its arms diverged and another did not."""
+
+    @abstractmethod
+    def decide(self, numbers: Numbers) -> Finding:
+        """Returns what finite numbers say."""
 
     def judge(self, value: Value, seeds: Sequence[int]) -> Verdict:
         """Returns the verdict on the claim from what each term is on each seed."""
@@ -172,10 +181,6 @@ class ClaimBase(BaseModel):
         verdict = INCONCLUSIVE if found.holds is None else REPRODUCED if found.holds else NOT_REPRODUCED
         labels = {self.label(term): column for term, column in zip(terms, numbers, strict=True)}
         return self._verdict(verdict, found.because, {**labels, **found.shown}, seeds)
-
-    def _verdict(self, verdict: str, because: str, numbers: dict[str, list[float]], seeds: Sequence[int]) -> Verdict:
-        kind = getattr(self, "kind", "")
-        return Verdict(self.sentence(), kind, verdict, because, self.paper, numbers, tuple(seeds))
 
 
 def _divergence(terms: Sequence[Term], value: Value, seeds: Sequence[int]) -> str:

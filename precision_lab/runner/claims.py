@@ -34,6 +34,7 @@ from precision_lab.runner.claim import (
     Finding,
     Keys,
     Numbers,
+    NumericClaim,
     Term,
     Value,
     Verdict,
@@ -43,7 +44,7 @@ from precision_lab.runner.claim import (
 from precision_lab.runner.fits import LogFit, Trend
 
 
-class _Pair(ClaimBase):
+class _Pair(NumericClaim):
     """A claim about two terms."""
 
     pairs = True
@@ -155,7 +156,7 @@ class _Threshold(ClaimBase):
         return [keys_of(("a",), self.a)]
 
 
-class Above(_Threshold):
+class Above(_Threshold, NumericClaim):
     """`a` lies above a value on every seed."""
 
     kind: Literal["above"] = "above"
@@ -168,7 +169,7 @@ class Above(_Threshold):
         return Finding(least > self.value, f"smallest {least:.4g}, to be above {self.value:g}")
 
 
-class Below(_Threshold):
+class Below(_Threshold, NumericClaim):
     """`a` lies below a value on every seed."""
 
     kind: Literal["below"] = "below"
@@ -201,7 +202,7 @@ class Fails(_Threshold):
         return self._verdict(verdict, f"{told or 'no seed was run'}; to be above {self.value:g}", {}, seeds)
 
 
-class Monotone(ClaimBase):
+class Monotone(NumericClaim):
     """The means over seeds of a list of terms never turn against a direction, by more than a tolerance."""
 
     kind: Literal["monotone"] = "monotone"

@@ -11,13 +11,13 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from precision_lab.runner.claim import ClaimBase, Finding, Keys, Numbers, Term, keys_of
+from precision_lab.runner.claim import Finding, Keys, Numbers, NumericClaim, Term, keys_of
 
 Step = Annotated[int, Field(ge=0)]
 _EXACT = 1e-9  # a perfect correlation comes out a rounding error below 1
 
 
-class Trend(ClaimBase):
+class Trend(NumericClaim):
     """Spearman's rank correlation of a metric, less a reference, with the step is at least a value on every seed.
 
     Attributes:
@@ -87,7 +87,7 @@ class Point(Term):
         return self
 
 
-class LogFit(ClaimBase):
+class LogFit(NumericClaim):
     """A law `y = c * u**p * exp(q * v) ...` fits the numbers, and its exponents have the signs that are claimed.
 
     Least squares of log y over all points and seeds.
