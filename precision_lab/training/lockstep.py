@@ -41,6 +41,7 @@ class Lockstep:
         self._places: dict[int, int] = {}  # of each lane in the stack
         self._stack: Any = None
         self._numbers: Any = None
+        self._step: Any = None
         self._measured: _Measured | None = None
         self._error: BaseException | None = None
 
@@ -60,16 +61,22 @@ class Lockstep:
         """Returns what `step(state, batch, numbers)` does, once all lanes that still run have called this.
 
         Raises:
+          ValueError: it is not the step of the other lanes.
           Exception: what the step of all lanes raised, in each of them.
         """
         with self._condition:
+            self._step = self._step or step
+            if step is not self._step:
+                self._error = self._error or ValueError(
+                    "runs that share no program cannot take their steps at once; make them in turn."
+                )
             self._calls[lane] = state, batch, numbers
             self._arrived.add(lane)
             measured = self._measured
             self._condition.notify_all()
             while self._measured is measured and self._error is None:
                 if self._arrived >= self._running:
-                    self._advance(step)
+                    self._advance()
                 else:
                     self._condition.wait()
             if self._error is not None:
@@ -78,13 +85,14 @@ class Lockstep:
             place = self._places[lane]
             return LaneState(self._stack, place), _OfLane(self._measured, place)
 
-    def _advance(self, step: Callable[..., Any]) -> None:
+    def _advance(self) -> None:
         """Takes a step of all lanes."""
         try:
-            self._gather()
+            if self._stack is None:
+                self._gather()
             batches = [self._calls[lane][1] for lane in self._places]
             batch = jax.tree.map(lambda *parts: np.stack(parts), *batches)
-            self._stack, metrics = _vmapped(step)(self._stack, batch, self._numbers)
+            self._stack, metrics = _vmapped(self._step)(self._stack, batch, self._numbers)
             self._measured = _Measured(metrics)
         except BaseException as error:
             if "RESOURCE_EXHAUSTED" in str(error):
@@ -95,17 +103,10 @@ class Lockstep:
         self._condition.notify_all()
 
     def _gather(self) -> None:
-        """Brings into the stack what is not there yet: all states at the first step, and that of a run that begins."""
-        if self._stack is None:
-            self._places = {lane: place for place, lane in enumerate(sorted(self._calls))}
-            states, _, numbers = zip(*(self._calls[lane] for lane in self._places), strict=True)
-            self._stack, self._numbers = _stacked(states), _stacked(numbers)
-            return
-        for lane in self._arrived:
-            state, _, numbers = self._calls[lane]
-            if not isinstance(state, LaneState):
-                self._stack = _put(self._stack, state, self._places[lane])
-                self._numbers = _put(self._numbers, numbers, self._places[lane])
+        """Makes the stack of the states before the first step; a lane that has been left by then has no place in it."""
+        self._places = {lane: place for place, lane in enumerate(sorted(self._calls))}
+        states, _, numbers = zip(*(self._calls[lane] for lane in self._places), strict=True)
+        self._stack, self._numbers = _stacked(states), _stacked(numbers)
 
 
 class LaneState:
@@ -165,12 +166,6 @@ def _stacked(trees: Any) -> Any:
 def _take(stack: Any, place: int) -> Any:
     """Returns one of the trees in a stack."""
     return jax.tree.map(lambda x: x[place], stack)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _put(stack: Any, tree: Any, place: int) -> Any:
-    """Returns a stack with another tree at one place."""
-    return jax.tree.map(lambda x, new: x.at[place].set(new), stack, tree)
 
 
 @functools.lru_cache(maxsize=16)

@@ -1,6 +1,7 @@
-"""How large a run is, told from shapes: nothing is compiled and nothing is allocated."""
+"""How large a run is, and how many fit, told from shapes: nothing is compiled and nothing is allocated."""
 
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,9 @@ from precision_lab.training.program import program_for
 
 _ROW_BYTES = 200
 """Of one row of metrics, about."""
+
+_COPIES = 4
+"""How many times its state a run needs: state, gradients, updates and the state after; activations come on top."""
 
 
 def state_bytes(config: AnyRun) -> int:
@@ -37,6 +41,19 @@ def disk_bytes(config: AnyRun) -> int:
     evaluations = len(looks) * (2 + len(config.evals))
     rows = evaluations + train.steps // train.log_every
     return min(saves, checkpointing._KEPT) * state_bytes(config) + _ROW_BYTES * rows
+
+
+def room_for(config: AnyRun) -> int:
+    """Returns how many runs of a config fit at once into the memory that is available, estimated from their states."""
+    return max(1, available_bytes() // max(1, _COPIES * state_bytes(config)))
+
+
+def available_bytes() -> int:
+    """Returns the memory that is available to arrays: of the first device, or of the machine if that is a CPU."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def bits_per_parameter(config: AnyRun) -> float | None:

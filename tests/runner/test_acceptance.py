@@ -52,7 +52,7 @@ CHECKS = {
     ],
     19: [
         "runner/test_vmap.test_check_19_runs_at_once_give_the_rows_of_runs_in_turn_to_rounding",
-        "training/test_sweep.test_runs_that_cannot_be_stacked_are_refused_with_the_reason",
+        "training/test_lockstep.test_runs_that_cannot_be_stacked_are_refused_and_the_reason_is_known",
     ],
     20: [
         "runner/test_distributed.test_two_processes_of_four_devices_equal_one_of_eight",

@@ -97,7 +97,7 @@ def test_every_attempt_shows_the_whole_record_once(training, memories):
 
 
 def test_runs_at_once_are_shown_like_others(training, memories, monkeypatch):
-    monkeypatch.setattr("precision_lab.training.sweep.room_for", lambda config: 99)
+    monkeypatch.setattr("precision_lab.training.size.room_for", lambda config: 99)
 
     several = {**ONE, "seeds": [0, 1]}
     results = runner.run(several, out="runs", executor="vmap", tracker=["good"], say=lambda _: None)

@@ -40,7 +40,7 @@ def test_check_19_runs_at_once_give_the_rows_of_runs_in_turn_to_rounding(tmp_pat
         for row, other in zip(found[run], in_turn, strict=True):
             measured = {"loss", "relative_mse"} & row.keys()
             assert measured, row
-            for name in measured:
+            for name in measured:  # twelve steps of float32 sums in another order
                 np.testing.assert_allclose(row[name], other[name], rtol=1e-4)
     envs = [json.loads(path.read_text()) for path in tmp_path.glob("vmap/trials/*/env.json")]
     assert [env["executor"] for env in envs] == ["vmap"] * 6
@@ -75,7 +75,7 @@ def context(said, jobs=None):
     ],
 )  # fmt: skip
 def test_groups_are_as_large_as_there_is_room_for(tmp_path, monkeypatch, room, jobs, sizes, words):
-    monkeypatch.setattr("precision_lab.training.sweep.room_for", lambda config: room)
+    monkeypatch.setattr("precision_lab.training.size.room_for", lambda config: room)
     said = []
 
     together = list(vmap._together(planned(tmp_path), context(said, jobs)))
@@ -85,7 +85,7 @@ def test_groups_are_as_large_as_there_is_room_for(tmp_path, monkeypatch, room, j
 
 
 def test_no_run_goes_before_the_one_that_it_begins_from(tmp_path, monkeypatch):
-    monkeypatch.setattr("precision_lab.training.sweep.room_for", lambda config: 99)
+    monkeypatch.setattr("precision_lab.training.size.room_for", lambda config: 99)
     waves = []
     monkeypatch.setattr(vmap, "_at_once", lambda runs, context: waves.append({one.label for one in runs}) or [])
     arms = {"child": {"policy": "weight=int2@channel", "start": {"arm": "parent"}}, "parent": {}}
@@ -98,7 +98,7 @@ def test_no_run_goes_before_the_one_that_it_begins_from(tmp_path, monkeypatch):
 @pytest.fixture
 def many(monkeypatch):
     """Room for any number of runs."""
-    monkeypatch.setattr("precision_lab.training.sweep.room_for", lambda config: 99)
+    monkeypatch.setattr("precision_lab.training.size.room_for", lambda config: 99)
 
 
 def test_a_run_that_fails_takes_no_other_with_it(training, many, tmp_path):

@@ -49,7 +49,7 @@ def _together(runs: Sequence[Planned], context: Context) -> Iterator[list[Planne
 
 def _most(group: Sequence[Planned], context: Context) -> int:
     """Returns how many runs of a group may go at once; says so if memory is what limits them."""
-    from precision_lab.training.sweep import room_for
+    from precision_lab.training.size import room_for
 
     config, wanted = group[0].config, min(len(group), context.jobs or len(group))
     if not isinstance(config, RunConfig) or not config.mesh.is_one_device:

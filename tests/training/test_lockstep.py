@@ -1,6 +1,7 @@
 """A group of runs at once: each is the run that it is alone, to rounding."""
 
 import math
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -13,15 +14,25 @@ from precision_lab.training import loop
 from precision_lab.training.checkpointing import Checkpoints
 from precision_lab.training.lockstep import Lockstep, _vmapped
 from precision_lab.training.program import program_for
-from precision_lab.training.sweep import room_for, train_group
+from precision_lab.training.structure import structural_differences
 from tests.training.runs import MemorySink, config, run
 
 
-def group(changes, *, folders=None, on_step=None):
-    """Returns (results, sinks) of small runs at once."""
-    configs, sinks = [config(**each) for each in changes], [MemorySink() for _ in changes]
+def group(changes, *, folders=None, sinks=None, on_step=None):
+    """Returns (results or errors, sinks) of small runs at once, each in a lane of its own."""
+    lockstep, sinks = Lockstep(len(changes)), sinks or [MemorySink() for _ in changes]
     folders = folders or [None] * len(changes)
-    return train_group(configs, checkpoint_dirs=folders, sinks=sinks, on_step=on_step), sinks
+
+    def go(lane):
+        told = None if on_step is None else partial(on_step, lane)
+        try:
+            with lockstep.lane(lane):
+                return loop.train(config(**changes[lane]), checkpoint_dir=folders[lane], sink=sinks[lane], on_step=told)
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(len(changes)) as threads:
+        return list(threads.map(go, range(len(changes)))), sinks
 
 
 def assert_close(sink, alone, **tolerance):
@@ -82,9 +93,7 @@ class FailingSink(MemorySink):
 
 
 def test_a_run_that_fails_hands_back_its_error_and_the_others_end():
-    configs, sinks = [config(seed=seed) for seed in (0, 1)], [FailingSink(), MemorySink()]
-
-    failed, done = train_group(configs, checkpoint_dirs=[None, None], sinks=sinks)
+    (failed, done), sinks = group([{"seed": 0}, {"seed": 1}], sinks=[FailingSink(), MemorySink()])
 
     assert isinstance(failed, OSError)
     assert done.status == "done"
@@ -168,9 +177,15 @@ def test_checkpoints_of_a_group_are_those_of_a_run_alone(tmp_path):
         ({"policy": "weight=int8@channel", "model": {"kind": "mlp", "hidden": [8]}}, r"model.hidden is \(8,\), not"),
     ],
 )
-def test_runs_that_cannot_be_stacked_are_refused_with_the_reason(change, reason):
-    with pytest.raises(ValueError, match=f"run 1 cannot be stacked with run 0: {reason}"):
-        group([{"policy": "weight=int4@channel"}, change])
+def test_runs_that_cannot_be_stacked_are_refused_and_the_reason_is_known(change, reason):
+    one = {"policy": "weight=int4@channel"}
+
+    results, _ = group([one, change])
+
+    for result in results:
+        assert isinstance(result, ValueError)
+        assert "share no program" in str(result)
+    assert re.match(reason, "; ".join(structural_differences(config(**change), config(**one))))
 
 
 def test_a_lane_that_is_left_before_its_first_step_is_not_waited_for():
@@ -201,13 +216,3 @@ def test_threads_that_ask_at_the_same_time_share_a_program():
         steps = list(threads.map(built, range(3)))
 
     assert all(step is steps[0] for step in steps)
-
-
-def test_room_is_that_of_states_in_the_memory_available(monkeypatch):
-    one = config(optim={"kind": "sgd", "lr": 0.1})
-    parameters = 64 * 16 + 16 + 16 * 10 + 10
-    monkeypatch.setattr("precision_lab.training.sweep.available_bytes", lambda: 10 * 4 * 4 * (parameters + 100))
-
-    assert room_for(one) == 10
-    monkeypatch.setattr("precision_lab.training.sweep.available_bytes", lambda: 100)
-    assert room_for(one) == 1
