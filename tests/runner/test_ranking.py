@@ -16,7 +16,7 @@ from precision_lab.runner import latex, markdown
 from precision_lab.runner.clock import StepClock, read_clock
 from precision_lab.runner.insides import FILE, Inside, different
 from precision_lab.runner.ranking import best_arms, frontier, pareto, sense
-from tests.runner.fakes import EXPERIMENT, FakeTraining, install
+from tests.runner.fakes import EXPERIMENT
 from tests.runner.test_report import Page, html_of, interval, last_values
 
 STORED = {
@@ -24,15 +24,6 @@ STORED = {
     "float16": {"policy": "params=float16,compute=float16,output=float32"},
     "bfloat16": {"policy": "params=bfloat16,compute=bfloat16,output=float32"},
 }
-
-
-@pytest.fixture
-def training(monkeypatch, tmp_path):
-    """Training that takes no time; of the plots only those of numbers are drawn."""
-    fake = FakeTraining()
-    install(monkeypatch, fake)
-    monkeypatch.chdir(tmp_path)
-    return fake
 
 
 @pytest.fixture
