@@ -75,10 +75,17 @@ def run(
     The same command continues after a kill or Ctrl-C.
     """
     from precision_lab import runner
+    from precision_lab.runner import executors
     from precision_lab.runner.terminal import print_results
+    from precision_lab.runner.trackers import refuse_unknown
 
     experiment = _load(target, settings, presets, smoke, arms, seed, seeds, imports, axes)
+    trackers = [*filter(None, tracker.split(","))]
     if dry_run:
+        if distributed:
+            raise ValueError("--dry-run counts in one process; leave --distributed out.")
+        executors.get(executor, jobs)
+        refuse_unknown(trackers)
         _show_plan(experiment, out, as_json=json)
         return
     with stopping_in_words():
@@ -87,7 +94,7 @@ def run(
             out=out,
             executor=executor,
             jobs=jobs,
-            tracker=[*filter(None, tracker.split(","))],
+            tracker=trackers,
             distributed=distributed,
             say=say,
         )

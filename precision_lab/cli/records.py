@@ -38,7 +38,10 @@ def query(
 
     if to is not None:
         asking.save(out, sql, to)
-        typer.echo(f"wrote {to}")
+        if json:
+            show_json({"wrote": str(to)})
+        else:
+            typer.echo(f"wrote {to}")
         return
     names, rows = asking.query(out, sql)
     data = [{name: _plain(value) for name, value in zip(names, row, strict=True)} for row in rows]

@@ -97,6 +97,13 @@ BAD_INPUT = [
         ("check", "toy.yaml", "--set", "train.steps=-1"),
         "train.steps: input should be greater than or equal to 0, got -1",
     ),
+    (("run", "toy.yaml", "--dry-run", "--executor", "serail"), "no executor 'serail'; did you mean 'serial'?"),
+    (("run", "toy.yaml", "--dry-run", "--jobs", "0"), "jobs is how many runs at once, at least 1, got 0"),
+    (
+        ("run", "toy.yaml", "--dry-run", "--tracker", "tensorbord"),
+        "no tracker 'tensorbord'; did you mean 'tensorboard'?",
+    ),
+    (("run", "toy.yaml", "--dry-run", "--distributed"), "--dry-run counts in one process; leave --distributed out"),
     (("run", "toy.yaml", "--axis", "optim.lrr=1"), "--axis: optim.lrr[0]: unknown key; did you mean 'lr'?"),
     (("run", "toy.yaml", "--seed=-1"), "seeds[0]: input should be greater than or equal to 0, got -1."),
     (("run", "toy.yaml", "--seeds", "1,1"), "seeds[1]: seed 1 is listed twice"),

@@ -140,10 +140,11 @@ def test_query_prints_a_table_json_or_a_file(cli, tmp_path):
 
     out = cli("query", sql)[1]
     data = json.loads(cli("query", sql, "--json")[1])
-    cli("query", sql, "--to", "x.csv")
+    written = json.loads(cli("query", sql, "--to", "x.csv", "--json")[1])
 
     assert "bfloat16" in out
     assert data == [{"arm": arm, "n": 3} for arm in sorted(EXPERIMENT["arms"])]
+    assert written == {"wrote": "x.csv"}
     assert (tmp_path / "x.csv").read_text().splitlines()[0] == "arm,n"
     assert cli("query", sql, "--to", "x.xlsx")[0] == 2
     assert cli("query", "select nonsense")[0] == 2
