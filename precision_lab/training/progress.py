@@ -4,11 +4,14 @@ import sys
 
 from precision_lab.training.views import BarsView, CellView, Clock, LinesView, View
 
+_SHOWN_AT_ONCE = 8
+
 
 class RunProgress:
     """Shows runs, one after another or several at once, out of `total_runs`; use as a context manager.
 
-    Runs that go on at once are told apart by `run`, any text; one after another they need none.
+    Runs that go on at once are told apart by `run`, any text; one after another they need none. Of more than eight at
+    once the steps of eight are shown, and of the others that they ended.
     """
 
     def __init__(self, total_runs: int = 1, *, view: View | None = None) -> None:
@@ -17,23 +20,28 @@ class RunProgress:
         self._finished = 0
         self._view = view or _choose_view()
         self._clocks: dict[str, Clock] = {}
+        self._shown: set[Clock] = set()
 
     def start_run(self, label: str, total_steps: int, run: str = "") -> None:
         """Begins a run; its label is shown."""
         self._clocks[run] = clock = Clock(label, total_steps)
-        self._view.start(clock, self._finished + len(self._clocks) - 1, self._total_runs)
+        if len(self._shown) < _SHOWN_AT_ONCE:
+            self._shown.add(clock)
+            self._view.start(clock, self._finished + len(self._clocks) - 1, self._total_runs)
 
     def step(self, step: int, loss: float, run: str = "") -> None:
         """Notes that a step of a run is done; what `train` calls `on_step`."""
         if run in self._clocks:
             self._clocks[run].step(step, loss)
-            self._view.update(self._clocks[run])
+            if self._clocks[run] in self._shown:
+                self._view.update(self._clocks[run])
 
     def end_run(self, status: str, run: str = "") -> None:
         """Ends a run with its status, such as "done" or "diverged"."""
         clock = self._clocks.pop(run, None)
         if clock is not None:
             self._finished += 1
+            self._shown.discard(clock)
             self._view.end(clock, status, self._finished, self._total_runs)
 
     def __enter__(self) -> "RunProgress":

@@ -13,6 +13,7 @@ _LINE_EVERY_S = 30.0
 _LINE_EVERY_SHARE = 0.1
 _BAR_EVERY_S = 0.1
 _CELL_EVERY_S = 0.5
+_CELL_ENDED = 20
 
 
 class Clock:
@@ -188,17 +189,22 @@ class CellView:
             self._show(clock, str(clock))
 
     def end(self, clock: Clock, status: str, finished: int, total_runs: int) -> None:
-        """Keeps one line of the run."""
+        """Keeps one line of the run, until twenty others have ended."""
         self._ended.append(f"[{finished}/{total_runs}] {clock.label}: {status}, {_duration(clock.elapsed_s())}")
-        self._show(clock, "")
+        del self._ended[:-_CELL_ENDED]
+        self._going.pop(clock, None)
+        self._draw()
 
     def close(self) -> None:
         """Leaves what is shown."""
 
     def _show(self, clock: Clock, line: str) -> None:
         self._going[clock] = line
+        self._draw()
+
+    def _draw(self) -> None:
         if self._handle is not None:
-            self._handle.update(_Text("\n".join(filter(None, [*self._ended, *self._going.values()]))))
+            self._handle.update(_Text("\n".join([*self._ended, *self._going.values()])))
 
 
 class _Text:

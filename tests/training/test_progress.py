@@ -93,6 +93,24 @@ def test_runs_that_go_on_at_once_are_told_apart():
     assert [line.split(",")[0] for line in lines[-2:]] == ["[1/2] second: done", "[2/2] first: failed"]
 
 
+def test_of_very_many_runs_at_once_the_steps_of_eight_are_shown():
+    time, lines = Time(), []
+    names = [f"run {number}" for number in range(20)]
+    with RunProgress(21, view=LinesView(lines.append, time)) as progress:
+        for name in names:
+            progress.start_run(name, 10, name)
+        for step in range(1, 11):
+            for name in names:
+                progress.step(step, 0.5, name)
+        for name in names:
+            progress.end_run("done", name)
+        progress.start_run("another", 10, "another")
+
+    assert {line.split(":")[0].strip() for line in lines if "step " in line} == set(names[:8])
+    assert len([line for line in lines if ": done" in line]) == 20
+    assert lines[-1] == "[21/21] another: 10 steps (compiling first)"
+
+
 def test_a_diverged_run_shows_its_loss():
     time, lines = Time(), []
     with RunProgress(view=LinesView(lines.append, time)) as progress:
