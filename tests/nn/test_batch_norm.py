@@ -243,6 +243,25 @@ def test_frozen_statistics_stay_and_training_is_evaluation(kind):
     assert int(module.steps[...]) == 3
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+def test_gradients_with_frozen_statistics_are_those_of_evaluation(kind):
+    """That of the layer's bias was zero, though a fixed mean does not take it away again."""
+    module = FoldedBatchNorm(*LAYERS[kind](), "int8@channel", freeze=0)
+    target = jnp.asarray(RNG.normal(size=module(X).shape), jnp.float32)
+
+    def gradients(model):
+        return nnx.to_pure_dict(nnx.grad(lambda model: jnp.mean((model(X) - target) ** 2))(model))
+
+    trained = gradients(module)
+    module.eval()
+    evaluated = gradients(module)
+
+    assert jax.tree.structure(trained) == jax.tree.structure(evaluated)
+    for ours, expected in zip(jax.tree.leaves(trained), jax.tree.leaves(evaluated), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+        assert np.any(expected)
+
+
 def test_linen_layers_in_a_row_are_folded():
     model = linen.Sequential(
         [linen.Dense(8, use_bias=False), linen.BatchNorm(use_running_average=True, epsilon=1e-3), linen.relu]
