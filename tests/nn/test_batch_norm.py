@@ -114,6 +114,40 @@ def test_only_what_is_a_pair_is_found_though_fresh_batch_norms_are_identities():
     assert batch_norm_pairs(model, jnp.ones((2, 4))) == {"layers/0": "norms/0"}
 
 
+class Hidden(nnx.Module):
+    """The output of `used` goes past its batch norm too, that of `pair` does not; a small gain shows neither."""
+
+    def __init__(self, gain, rngs):
+        self.pair, self.used = nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, 4, rngs=rngs)
+        self.norms = nnx.List([nnx.BatchNorm(4, rngs=rngs) for _ in range(2)])
+        self.gain = nnx.Param(jnp.full(4, gain))
+
+    def __call__(self, x):
+        y = self.used(self.norms[0](self.pair(x)))
+        return x + self.gain[...] * (y + self.norms[1](y))
+
+
+@pytest.mark.parametrize("gain", [0.0, 1e-6, 1.0])
+def test_a_gain_that_starts_at_zero_hides_no_second_use(gain):
+    model, x = Hidden(gain, nnx.Rngs(0)), jnp.asarray(RNG.normal(size=(5, 4)), jnp.float32)
+
+    assert batch_norm_pairs(model, x) == {"pair": "norms/0"}
+    np.testing.assert_array_equal(model.gain[...], np.full(4, gain, np.float32))
+
+
+def test_a_head_of_linen_that_starts_at_zero_hides_no_second_use():
+    class Model(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            y = linen.Dense(4)(x)
+            y = y + linen.BatchNorm(use_running_average=True)(y)
+            return linen.Dense(3, kernel_init=linen.initializers.zeros)(y)
+
+    variables = Model().init(jax.random.key(0), X)
+
+    assert batch_norm_pairs(Model(), variables, X) == {}
+
+
 def test_a_layer_and_its_batch_norm_may_be_called_twice():
     layer, norm = nnx.Linear(4, 4, rngs=nnx.Rngs(0)), norm_of(4)
     model, x = nnx.Sequential(layer, norm, jax.nn.relu, layer, norm), jnp.ones((2, 4))
