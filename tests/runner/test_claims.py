@@ -143,6 +143,12 @@ def test_the_author_says_it_in_his_own_words():
         ({**LAW, "points": [{**POINT, "steps": [0, 10]}] * 3}, "as a power must be positive"),
         ({**LAW, "rising": ["size"]}, "'size' is not among the variables step, bits"),
         ({**LAW, "powers": ["step", "step"]}, "each only once"),
+        ({**LAW, "falling": ["step"]}, "'step' is in rising and in falling"),
+        ({**LAW, "points": [{**POINT, "where": {"bits": math.inf}}] * 3}, "finite number"),
+        (
+            {**LAW, "points": [{**POINT, "steps": [10]}, POINT, {**POINT, "where": {"bits": 4}, "steps": [10]}]},
+            "a law of 2 variables and a constant fits any 3 points: give it points at 4 or more",
+        ),
         ({**LAW, "powers": ["step", "bits"]}, "each only once"),
         ({**LAW, "powers": ["step", "size"]}, "arm 'x' does not say what 'size' is"),
         ({**GT, "kind": "greater"}, "'gt', 'close'"),
