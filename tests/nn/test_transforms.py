@@ -166,14 +166,23 @@ def test_kernels_keep_their_dtypes_and_only_results_need_their_range(dtypes):
 
 
 def test_what_has_no_largest_number_beyond_which_it_overflows_saturates_and_is_counted():
-    stored, audit = store_as(np.float32([100.0, 1.0]), "float4_e2m1fn")
+    stored, audit = store_as(np.float32([100.0, 6.0, 1.0]), "float4_e2m1fn")
 
-    np.testing.assert_array_equal(stored, [6, 1])
+    np.testing.assert_array_equal(stored, [6, 6, 1])
     assert audit.overflow == 1
 
 
 def norm_read_by(rows):
     return Norm(jnp.ones(3), None, (jnp.ones((rows, 2)),))
+
+
+def test_channels_are_counted_from_either_end_or_marked():
+    mask = np.asarray([True, False, True])
+
+    gains = [inject_norm_outliers(norm_read_by(3), which, 2.0).gain for which in ([0, 2], [-3, -1], mask)]
+
+    for gain in gains:
+        np.testing.assert_array_equal(gain, [2, 1, 2])
 
 
 def test_exponents_are_whole():
