@@ -18,6 +18,7 @@ from flax import core, nnx
 from precision_lab.nn.watching import Pair, evaluated, pairs_of
 from precision_lab.quant.arithmetic import divide, multiply
 
+_QUIET = 0.01
 _PARTS = ("kernel", "bias"), ("scale", "bias", "mean", "var")
 
 
@@ -35,7 +36,7 @@ def fold_batch_norm(
 
     Returns:
       (kernel, bias): kernel * scale / sqrt(var + epsilon), in the kernel's dtype, and (bias - mean) * scale /
-      sqrt(var + epsilon) + offset, float32 (out,); with the same bits in every program.
+      sqrt(var + epsilon) + offset, float32 (out,); computed in float32, with the same bits in every program.
 
     Raises:
       ValueError: statistics that are not of the kernel's last axis.
@@ -66,7 +67,8 @@ def batch_norm_pairs(model: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
 
     The model is called once, and watched: a pair is a batch norm over the last axis that gets the very array which a
     linear layer or convolution returned. It is kept only if the model computes the same with it folded, for random
-    statistics: a layer whose output goes somewhere else too is none of a pair.
+    statistics, and random numbers in the place of parameters so small that they hide what comes before them: a layer
+    whose output goes somewhere else too is none of a pair.
 
     Args:
       model: an `nnx.Module`, called as in evaluation; or a `linen.Module`, called as its `apply`.
@@ -138,9 +140,32 @@ def _unit_variance(epsilon: float) -> np.float32:
 def _exact_pairs(model: Any, args: Any, kwargs: Any) -> dict[str, Pair]:
     """Returns the pairs that can be folded; tried together first, as most models have no others."""
     found = pairs_of(model, args, kwargs)
-    if _is_exact(model, args, kwargs, found):
+    if not found:
+        return {}
+    loud, given = _louder(model, args)
+    if _is_exact(loud, given, kwargs, found):
         return found
-    return {name: pair for name, pair in found.items() if _is_exact(model, args, kwargs, {name: pair})}
+    return {name: pair for name, pair in found.items() if _is_exact(loud, given, kwargs, {name: pair})}
+
+
+def _louder(model: Any, args: Any) -> tuple[Any, Any]:
+    """Returns a model and its arguments with random numbers in the place of parameters that are almost zero.
+
+    A head or a gain that starts at zero would hide from the output what a batch norm before it does.
+    """
+    rng = np.random.default_rng(1)
+
+    def louder(array: Any) -> Any:
+        dtype, shape = jnp.result_type(array), jnp.shape(array)
+        if not jnp.issubdtype(dtype, jnp.floating) or np.max(np.abs(array), initial=0) > _QUIET:
+            return array
+        return jnp.asarray(rng.choice([-1, 1], shape) * rng.uniform(0.5, 1, shape), dtype)
+
+    if isinstance(model, nnx.Module):
+        copy = nnx.clone(model)
+        nnx.update(copy, jax.tree.map(louder, nnx.state(copy, nnx.Param)))
+        return copy, args
+    return model, ({**args[0], "params": jax.tree.map(louder, args[0]["params"])}, *args[1:])
 
 
 def _is_exact(model: Any, args: Any, kwargs: Any, pairs: dict[str, Pair]) -> bool:

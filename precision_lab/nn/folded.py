@@ -69,8 +69,9 @@ def folded_fake_quantize(
         axes = tuple(range(y.ndim - 1))
         return jnp.mean(y, axes), jnp.var(y, axes)
 
-    fixed = jax.lax.stop_gradient((norm.mean - (0 if bias is None else bias), norm.var))
-    fixed = tuple(map(jnp.float32, fixed))
+    # Running numbers are constants; the layer's bias, which a fixed mean does not take away again, learns.
+    running = [jnp.float32(jax.lax.stop_gradient(number)) for number in (norm.mean, norm.var)]
+    fixed = running[0] - (0 if bias is None else jnp.float32(bias)), running[1]
     mean, var = of_batch() if frozen is False else jax.lax.cond(jnp.asarray(frozen), lambda: fixed, of_batch)
     ratio = divide(jnp.sqrt(norm.var + np.float32(epsilon)), jnp.sqrt(var + np.float32(epsilon)))
     # The layer's bias is a part of the mean that is taken away again.

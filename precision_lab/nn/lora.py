@@ -70,7 +70,7 @@ def add_lora(
 
     Raises:
       TypeError: arguments are missing or not for this target.
-      ValueError: no weight matches, a rank below 1, or a function that convert returned.
+      ValueError: no weight matches, a rank below 1, a model that has adapters, or a function that convert returned.
     """
     if rank < 1:
         raise ValueError(f"rank={rank}: an adapter has a rank of 1 or more.")
@@ -78,6 +78,11 @@ def add_lora(
         raise ValueError(
             "this function is one that convert returned, whose products are out of reach: give add_lora the function "
             "that was converted, policy= as it was, and the packed params. Static scales would be lost."
+        )
+    if hasattr(target, LORA) or (isinstance(params, Mapping) and LORA in params):
+        raise ValueError(
+            "this target has adapters, which new ones would replace: merge them first, by merge_lora, or start from "
+            "the function without them and its params['base']."
         )
     policy = _policy_of(target, policy)
     own, uses = uses_of(target, policy, params, args, kwargs)

@@ -8,6 +8,7 @@ no policy around the layer touches it.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,7 @@ from precision_lab.rewrite import call, full_precision
 BINARY_CONNECT = "binary_connect"
 XNOR = "xnor"
 XNOR_OF_WINDOWS = "weight=binary@channel,xnor,activation=binary,unscaled,hard_tanh"  # K comes afterwards
+_CONVOLUTION = inspect.signature(lax.conv_general_dilated)
 _DRAWN = quantizer("binary,unscaled,stochastic")
 
 
@@ -80,10 +82,12 @@ class LowBitConvolution:
         self, lhs: jax.Array, rhs: jax.Array, window_strides: Any, padding: Any, *args: Any, **options: Any
     ) -> jax.Array:
         """Returns the convolution; arguments as of `jax.lax.conv_general_dilated`, `rhs` being the parameter."""
+        given = _CONVOLUTION.bind(lhs, rhs, window_strides, padding, *args, **options).arguments
+        options = {name: value for name, value in given.items() if name in [*given][4:]}
         options = _checked(options.pop("precision", None), options)
 
         def convolve(w: jax.Array, x: jax.Array, **more: Any) -> jax.Array:
-            return lax.conv_general_dilated(x, w, window_strides, padding, *args, **options, **more)
+            return lax.conv_general_dilated(x, w, window_strides, padding, **options, **more)
 
         out = _under(self.policy, convolve, rhs, lhs)
         if not self.window_scales:
@@ -120,6 +124,28 @@ def drawn(kernel: jax.Array, key: jax.Array) -> jax.Array:
     Source: Courbariaux et al., "BinaryConnect", 2015, arXiv:1511.00363, equations 2 and 3.
     """
     return fake_quantize(kernel, _DRAWN, key=key)
+
+
+def refuse_zeros(policy: Any, padding: Any, mask: Any) -> None:
+    """Refuses a convolution some of whose zeros signs would make +1.
+
+    Args:
+      policy: of the convolution.
+      padding, mask: as of Flax, which multiplies weights by a mask, and pads for "CAUSAL", before the convolution.
+
+    Raises:
+      ValueError: binary weights with a mask, or binary activations with causal padding.
+    """
+    weight, activation = (
+        side is not None and side.format.name == "binary" for side in (policy.weight, policy.activation)
+    )
+    if weight and mask is not None:
+        raise ValueError("a mask makes weights zero, of which signs make +1: leave mask out, or say weight=ternary.")
+    if activation and isinstance(padding, str) and padding == "CAUSAL":
+        raise ValueError(
+            "padding='CAUSAL' puts zeros before the input, of which signs make +1: say padding=[(left, 0)], with "
+            "left = kernel_dilation * (kernel_size - 1), whose zeros are added to signs."
+        )
 
 
 def norm_of(policy: Any) -> str:

@@ -19,6 +19,7 @@ from precision_lab.nn.low_bit import (
     LowBitDotGeneral,
     drawn,
     norm_of,
+    refuse_zeros,
 )
 
 
@@ -38,7 +39,7 @@ class LowBitConv(linen.Conv):
     policy: Any = "float32"
 
     def __post_init__(self) -> None:
-        _give(self, "conv_general_dilated", LowBitConvolution(self.policy))
+        _give_convolution(self, LowBitConvolution(self.policy))
         super().__post_init__()
 
 
@@ -67,7 +68,7 @@ class XnorConv(linen.Conv):
     policy: Any = XNOR_OF_WINDOWS
 
     def __post_init__(self) -> None:
-        _give(self, "conv_general_dilated", LowBitConvolution(self.policy, self.window_scales))
+        _give_convolution(self, LowBitConvolution(self.policy, self.window_scales))
         super().__post_init__()
 
 
@@ -125,11 +126,8 @@ class BinaryConnectDense(linen.Dense):
     deterministic: bool = False
 
     def __post_init__(self) -> None:
-        if self.stochastic:
-            drawing = functools.partial(Drawn, LowBitDotGeneral("float32"), self.deterministic)
-            _give(self, "dot_general_cls", drawing)
-        else:
-            _give(self, "dot_general", LowBitDotGeneral(BINARY_CONNECT))
+        drawing = functools.partial(Drawn, LowBitDotGeneral("float32"), self.deterministic)
+        _give(self, "dot_general", LowBitDotGeneral(BINARY_CONNECT), drawing if self.stochastic else None)
         super().__post_init__()
 
 
@@ -140,14 +138,23 @@ class BinaryConnectConv(linen.Conv):
     deterministic: bool = False
 
     def __post_init__(self) -> None:
-        if self.stochastic:
-            drawing = functools.partial(Drawn, LowBitConvolution("float32"), self.deterministic)
-            _give(self, "conv_general_dilated_cls", drawing)
-        else:
-            _give(self, "conv_general_dilated", LowBitConvolution(BINARY_CONNECT))
+        drawing = functools.partial(Drawn, LowBitConvolution("float32"), self.deterministic)
+        _give_convolution(self, LowBitConvolution(BINARY_CONNECT), drawing if self.stochastic else None)
         super().__post_init__()
 
 
-def _give(layer: linen.Module, field: str, product: Any) -> None:
-    """Sets the product of a layer that is being made; a copy of a layer comes with one, which follows its fields."""
-    object.__setattr__(layer, field, product)
+def _give_convolution(layer: linen.Conv, product: LowBitConvolution, drawing: Any = None) -> None:
+    """Sets the convolution of a layer that is being made."""
+    refuse_zeros(product.policy, layer.padding, layer.mask)
+    _give(layer, "conv_general_dilated", product, drawing)
+
+
+def _give(layer: linen.Module, field: str, product: Any, drawing: Any = None) -> None:
+    """Sets the product of a layer that is being made, or the class that makes it; no other one can be given."""
+    for name, new in {field: product, f"{field}_cls": drawing}.items():
+        old = getattr(layer, name)
+        # A copy of a layer comes with a product of ours, and the new one follows the fields of the copy.
+        ours = isinstance(old, (LowBitDotGeneral, LowBitConvolution)) or getattr(old, "func", None) is Drawn
+        if old is not None and not ours:
+            raise ValueError(f"{name} in a low-bit layer: its policy says what is multiplied; leave it out.")
+        object.__setattr__(layer, name, new)

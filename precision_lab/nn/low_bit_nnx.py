@@ -19,6 +19,7 @@ from precision_lab.nn.low_bit import (
     LowBitDotGeneral,
     drawn,
     norm_of,
+    refuse_zeros,
 )
 
 
@@ -37,12 +38,17 @@ class LowBitLinear(nnx.Linear):
 
 
 class LowBitConv(nnx.Conv):
-    """`nnx.Conv` whose convolution is that of a policy; arguments as of `LowBitLinear` and `nnx.Conv`."""
+    """`nnx.Conv` whose convolution is that of a policy; arguments as of `LowBitLinear` and `nnx.Conv`.
+
+    Raises:
+      ValueError: a mask of binary weights, or causal padding of binary inputs, whose zeros signs would make +1.
+    """
 
     def __init__(
         self, in_features: int, out_features: int, kernel_size: Any, *, policy: Any, rngs: nnx.Rngs, **options: Any
     ) -> None:
         product = LowBitConvolution(policy)
+        refuse_zeros(product.policy, options.get("padding"), options.get("mask"))
         super().__init__(in_features, out_features, kernel_size, conv_general_dilated=product, rngs=rngs, **options)
 
 
@@ -110,6 +116,7 @@ class XnorConv(nnx.Conv):
         **options: Any,
     ) -> None:
         product = LowBitConvolution(policy, window_scales)
+        refuse_zeros(product.policy, options.get("padding"), options.get("mask"))
         super().__init__(in_features, out_features, kernel_size, conv_general_dilated=product, rngs=rngs, **options)
 
 
@@ -200,5 +207,7 @@ class BinaryConnectConv(nnx.Conv):
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
-        product = Drawn(LowBitConvolution("float32"), rngs=rngs) if stochastic else LowBitConvolution(BINARY_CONNECT)
+        signs = LowBitConvolution(BINARY_CONNECT)
+        refuse_zeros(signs.policy, options.get("padding"), options.get("mask"))
+        product = Drawn(LowBitConvolution("float32"), rngs=rngs) if stochastic else signs
         super().__init__(in_features, out_features, kernel_size, conv_general_dilated=product, rngs=rngs, **options)

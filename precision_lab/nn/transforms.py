@@ -7,12 +7,14 @@ one likes, while in float32 it computes what it did: what a narrow format then l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from precision_lab import formats
 
@@ -33,8 +35,8 @@ class Pair(NamedTuple):
     def scaled(self, factor: jax.Array) -> Pair:
         """Returns the pair with unit i multiplied by `factor[i]`, positive, and divided by it after the ReLU."""
         self.require(factor.shape)
-        bias = None if self.bias is None else self.bias * factor
-        return Pair(self.first * factor, self.second / factor[:, None], bias)
+        bias = None if self.bias is None else _scaled(self.bias, factor, jnp.multiply)
+        return Pair(_scaled(self.first, factor, jnp.multiply), _scaled(self.second, factor[:, None], jnp.divide), bias)
 
     def require(self, factor: tuple[int, ...] | None = None) -> None:
         """Raises ValueError unless the shapes, and that of factors, fit together."""
@@ -47,6 +49,13 @@ class Pair(NamedTuple):
             )
 
 
+def _scaled(x: Any, factor: jax.Array, by: Callable[..., jax.Array]) -> jax.Array:
+    """Returns an array times or over factors, in its dtype, of which only the result has to have the range."""
+    x = jnp.asarray(x)
+    wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    return by(x.astype(wide), factor.astype(wide)).astype(x.dtype)
+
+
 def rescale_pair(pair: Pair, exponents: jax.Array) -> Pair:
     """Returns the pair with unit i multiplied by 2**exponents[i] before its ReLU, and divided by it afterwards.
 
@@ -54,13 +63,21 @@ def rescale_pair(pair: Pair, exponents: jax.Array) -> Pair:
 
     Args:
       pair: kernels around a ReLU.
-      exponents: integers (hidden,), from -126 to 127: what float32 has as normal powers of two.
+      exponents: integers (hidden,), from -126 to 126: of these, float32 has powers of two and reciprocals as normal
+        numbers.
 
     Raises:
-      ValueError: shapes do not fit.
+      TypeError: exponents that are no integers.
+      ValueError: shapes do not fit, or exponents, where they are known, are out of range.
     """
+    if not jnp.issubdtype(jnp.result_type(exponents), jnp.integer):
+        raise TypeError(f"rescale_pair takes integers as exponents, got {jnp.result_type(exponents)}.")
+    if not isinstance(exponents, Tracer) and np.size(exponents):
+        low, high = int(np.min(exponents)), int(np.max(exponents))
+        if low < -126 or high > 126:
+            raise ValueError(f"exponents from {low} to {high}: those of rescale_pair are from -126 to 126.")
     fields = (jnp.asarray(exponents, jnp.int32) + 127) << 23
-    return pair.scaled(jax.lax.bitcast_convert_type(fields, jnp.float32).astype(pair.first.dtype))
+    return pair.scaled(jax.lax.bitcast_convert_type(fields, jnp.float32))
 
 
 class Norm(NamedTuple):
@@ -85,20 +102,26 @@ def inject_norm_outliers(norm: Norm, channels: Sequence[int] | jax.Array, factor
 
     Args:
       norm: gain, bias and the kernels that read them.
-      channels: which.
-      factor: above 0.
+      channels: which, by number, from the last one if negative; or a mask of them.
+      factor: above 0, finite.
 
     Raises:
-      ValueError: a factor of 0 or less, no kernel, or kernels that do not have a row for each channel.
+      ValueError: a factor of 0 or less or infinite, no kernel, kernels that do not have a row for each channel, or a
+        channel that there is not.
 
     Source: for such features, Dettmers et al., "LLM.int8()", 2022, arXiv:2208.07339, section 4.
     """
-    if not factor > 0:
-        raise ValueError(f"factor={factor}: expected a positive number.")
+    if not 0 < factor < math.inf:
+        raise ValueError(f"factor={factor}: expected a positive number, not infinite.")
     rows = [kernel.shape[0] for kernel in norm.kernels]
     if not rows or any(row != norm.gain.shape[0] for row in rows):
         raise ValueError(f"a norm of {norm.gain.shape[0]} channels needs kernels with as many rows, got {rows}.")
-    by = jnp.ones_like(norm.gain).at[jnp.asarray(channels)].set(factor)
+    size, which = norm.gain.shape[0], jnp.asarray(channels)
+    if not isinstance(which, Tracer) and jnp.issubdtype(which.dtype, jnp.integer):
+        outside = [channel for channel in np.ravel(which).tolist() if not -size <= channel < size]
+        if outside:  # which a scatter drops
+            raise ValueError(f"channel {outside[0]} of a norm of {size} channels, whose numbers end at {size - 1}.")
+    by = jnp.ones_like(norm.gain).at[which].set(factor)
     bias = None if norm.bias is None else norm.bias * by
     return Norm(norm.gain * by, bias, tuple(kernel / by[:, None] for kernel in norm.kernels))
 
@@ -135,7 +158,7 @@ def store_as(x: Any, fmt: Any, *, clamp: bool = False) -> tuple[jax.Array, Audit
       x: floating array.
       fmt: a scalar floating format or its name.
       clamp: store what is too large as the largest finite number, instead of what the format makes of it (infinity in
-        float16, NaN in float8_e4m3fn).
+        float16, NaN in float8_e4m3fn). Infinite numbers become what the format makes of them, in any case.
 
     Returns:
       Values on the format's grid, in the dtype of `x`, and their Audit.
@@ -155,4 +178,4 @@ def store_as(x: Any, fmt: Any, *, clamp: bool = False) -> tuple[jax.Array, Audit
     small = finite & (kept != 0) & (np.abs(kept.astype(np.float32)) < fmt.min_normal)
     zero = finite & (given != 0) & (kept == 0)
     audit = Audit(int(np.sum(beyond)), int(np.sum(zero)), int(np.sum(small)), x.size)
-    return jnp.where(jnp.isfinite(x), saturated, x) if clamp else cast, audit
+    return jnp.where(jnp.isfinite(x), saturated, cast) if clamp else cast, audit

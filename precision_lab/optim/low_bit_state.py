@@ -31,6 +31,9 @@ MIN_SIZE = 4096
 NON_NEGATIVE = ("nu", "nu_max", "sum_of_squares")
 """Fields of optax's states that hold second moments."""
 
+_FIRST = ("mu", "trace")
+_HYPERPARAMETERS = ("hyperparams", "hyperparams_states")
+
 _KINDS = ("tensor", "group")
 _SIGNED_SCHEMES = ("full", "full_clipped", "signed_max")
 _AROUND = (MasterWeightsState, KahanState, StochasticRoundingState, LossScaleState, optax.MultiStepsState)
@@ -194,7 +197,8 @@ def _packed(state: Any, qz: Quantizer, min_size: int) -> Any:
 
     def leaf(path: Any, x: Any) -> Any:
         floating = getattr(x, "dtype", None) in (jnp.float32, jnp.float16, jnp.bfloat16)
-        return _pack(path, x, qz) if floating and x.size >= min_size else x
+        kept = any(getattr(key, "name", None) in _HYPERPARAMETERS for key in path)
+        return _pack(path, x, qz) if floating and x.size >= min_size and not kept else x
 
     return jax.tree_util.tree_map_with_path(leaf, state)
 
@@ -216,8 +220,12 @@ def _is_low_bit(x: Any) -> bool:
 
 
 def _is_second_moment(path: Any) -> bool:
-    """Returns whether a path goes through a field of a state that holds second moments."""
-    return any(getattr(key, "name", None) in NON_NEGATIVE for key in path)
+    """Returns whether a path goes through a field of a state that holds second moments.
+
+    The first name decides; parameters behind it may have names such as these themselves.
+    """
+    names = (getattr(key, "name", None) for key in path)
+    return next((name for name in names if name in _FIRST or name in NON_NEGATIVE), None) in NON_NEGATIVE
 
 
 def _refuse_inside(state: Any) -> None:

@@ -70,10 +70,11 @@ def allocate(table: Sensitivity, budget_bits: float | Fraction, *, objective: st
       table: what `sensitivity` returned; its reference and its policies are what a parameter can have.
       budget_bits: bits per element that the parameters of its sites may take together, everything stored included.
         The allocation never takes more; how much less depends on what the policies store.
-      objective: "error", of the output, or "loss", if that was measured.
+      objective: "error", of the output, or "loss", if that was measured; a loss that is no number is an infinite one.
 
     Raises:
-      ValueError: no parameter is quantized at these sites, or even the smallest policies take more than the budget.
+      ValueError: no parameter is quantized at these sites, even the smallest policies take more than the budget, the
+        budget is no finite number, or the loss of the reference is none.
 
     The search is exact: of all ways to choose for the first n parameters it keeps those that no other one beats in
     both bytes and damage, for n = 1, 2, ... It takes memory for as many different sums of bytes as there are.
@@ -85,6 +86,8 @@ def allocate(table: Sensitivity, budget_bits: float | Fraction, *, objective: st
         raise ValueError(f"objective={objective!r} must be 'error', or 'loss' where sensitivity was given a loss.")
     if not table.costs:
         raise ValueError("the policies of this table differ at no site with a parameter, so there is nothing to store.")
+    if not math.isfinite(budget_bits):
+        raise ValueError(f"budget_bits={budget_bits}: expected a finite number of bits per parameter, such as 32.")
     damages = [_damages(table, cost, objective) for cost in table.costs]
     elements = sum(cost.elements for cost in table.costs)
     budget = math.floor(Fraction(budget_bits) * elements / 8)
@@ -111,7 +114,12 @@ def _damages(table: Sensitivity, cost: Cost, objective: str) -> list[float]:
     if objective == "error":
         return [0.0, *(sum(row.one_on_error for row in each) for each in rows)]
     before = table.whole[0][1] or 0.0
-    return [0.0, *(sum((row.one_on_loss or 0.0) - before for row in each) for each in rows)]
+    if not math.isfinite(before):
+        raise ValueError(
+            f"the loss under the reference '{table.names[0]}' is {before}, which nothing can be held against."
+        )
+    harms = [sum((row.one_on_loss or 0.0) - before for row in each) for each in rows]
+    return [0.0, *(math.inf if math.isnan(harm) else harm for harm in harms)]
 
 
 def _search(sizes: Sequence[Sequence[int]], damages: Sequence[Sequence[float]], budget: int) -> list[int]:

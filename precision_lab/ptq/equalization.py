@@ -37,4 +37,4 @@ def equalize(pair: Pair) -> Pair:
 
 def _range(kernel: jax.Array, *, axis: int) -> jax.Array:
     """Returns the largest magnitude along an axis, which is half of the range of a symmetric grid."""
-    return jnp.max(jnp.abs(kernel), axis=axis, initial=0)
+    return jnp.max(jnp.abs(kernel).astype(jnp.float32), axis=axis, initial=0)

@@ -121,7 +121,8 @@ class Sensitivity(Sequence[Score]):
         for row in self.rows:
             if (row.site, row.policy) == (site, str(policy)):
                 return row
-        raise KeyError(f"no site '{site}' under policy '{policy}'; sites are {', '.join(self.sites)}.")
+        known = f"sites are {', '.join(self.sites)}; policies, as they were given, {', '.join(self.names[1:])}"
+        raise KeyError(f"no site '{site}' under policy '{policy}'; {known}.")
 
     def ranking(self, policy: Any = None) -> list[str]:
         """Returns the sites from the most to the least sensitive: by the one-on error, added up over the policies.

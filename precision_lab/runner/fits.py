@@ -76,7 +76,7 @@ class Point(Term):
 
     less: Term | None = None
     steps: list[Step] = Field(default_factory=list)
-    where: dict[str, float] = Field(default_factory=dict)
+    where: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_step(self) -> "Point":
@@ -123,6 +123,15 @@ class LogFit(NumericClaim):
         least = [{"step": min(point.steps, default=1), **point.where} for point in self.points]
         if any(values[name] <= 0 for values in least for name in self.powers):
             raise ValueError("a variable that enters as a power must be positive.")
+        both = {*self.rising} & {*self.falling}
+        if both:
+            raise ValueError(f"{sorted(both)[0]!r} is in rising and in falling, which no law can do.")
+        places = {tuple(row) for point in self.points for row in self._rows(point)}
+        if len(places) <= len(variables) + 1:
+            raise ValueError(
+                f"a law of {len(variables)} variables and a constant fits any {len(places)} points: give it points at "
+                f"{len(variables) + 2} or more different values of {', '.join(variables)}."
+            )
         return self
 
     def terms(self) -> list[tuple[Keys, Term]]:
@@ -139,17 +148,20 @@ class LogFit(NumericClaim):
             steps = point.steps or [0]
             values = np.array([next(columns) for _ in steps])
             values = values - (np.array([next(columns) for _ in steps]) if point.less is not None else 0)
-            for step, row in zip(steps, values, strict=True):
+            for step, place, row in zip(steps, self._rows(point), values, strict=True):
                 if row.min() <= 0:
                     return Finding(None, f"{point.arm} at step {step}: {row.min():.4g} has no logarithm")
-                rows += [self._variables({"step": float(step), **point.where})] * len(row)
+                rows += [place] * len(row)
                 logs += np.log(row).tolist()
         return self._fitted(np.array(rows), np.array(logs))
 
-    def _variables(self, values: dict[str, float]) -> list[float]:
-        """Returns what the logarithm of y is linear in."""
-        powers = [math.log(values[name]) for name in self.powers]
-        return [1.0, *powers, *(values[name] for name in self.exponentials)]
+    def _rows(self, point: Point) -> list[list[float]]:
+        """Returns what the logarithm of y is linear in, at each step of a point."""
+        places = [{"step": float(step), **point.where} for step in point.steps or [0]]
+        return [
+            [1.0, *(math.log(at[name]) for name in self.powers), *(at[name] for name in self.exponentials)]
+            for at in places
+        ]
 
     def _fitted(self, rows: np.ndarray, logs: np.ndarray) -> Finding:
         """Returns what the least-squares fit says."""

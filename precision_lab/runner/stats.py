@@ -36,7 +36,7 @@ def mean_interval(values: Sequence[float]) -> Mean | None:
     if n == 0:
         return None
     # A NaN or an infinity among the values makes the mean say so; that is wanted, and not worth a warning.
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         mean = float(np.mean(np.asarray(values, np.float64)))
         if n == 1:
             return Mean(mean, None, 1)
@@ -59,6 +59,8 @@ def _digits(value: float, spread: float | None, *, signed: bool) -> str:
     if not spread or not math.isfinite(spread):
         return f"{value:{sign}.4g}"
     decimals = 1 - math.floor(math.log10(spread))
+    if not value and decimals > 6:
+        return f"{value:{sign}g}"
     if value and (abs(value) >= 1e5 or decimals > 6):
         significant = math.floor(math.log10(abs(value))) + 1 + decimals
         return f"{value:{sign}.{min(max(significant, 1), 17)}g}"

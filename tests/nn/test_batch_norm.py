@@ -114,6 +114,40 @@ def test_only_what_is_a_pair_is_found_though_fresh_batch_norms_are_identities():
     assert batch_norm_pairs(model, jnp.ones((2, 4))) == {"layers/0": "norms/0"}
 
 
+class Hidden(nnx.Module):
+    """The output of `used` goes past its batch norm too, that of `pair` does not; a small gain shows neither."""
+
+    def __init__(self, gain, rngs):
+        self.pair, self.used = nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, 4, rngs=rngs)
+        self.norms = nnx.List([nnx.BatchNorm(4, rngs=rngs) for _ in range(2)])
+        self.gain = nnx.Param(jnp.full(4, gain))
+
+    def __call__(self, x):
+        y = self.used(self.norms[0](self.pair(x)))
+        return x + self.gain[...] * (y + self.norms[1](y))
+
+
+@pytest.mark.parametrize("gain", [0.0, 1e-6, 1.0])
+def test_a_gain_that_starts_at_zero_hides_no_second_use(gain):
+    model, x = Hidden(gain, nnx.Rngs(0)), jnp.asarray(RNG.normal(size=(5, 4)), jnp.float32)
+
+    assert batch_norm_pairs(model, x) == {"pair": "norms/0"}
+    np.testing.assert_array_equal(model.gain[...], np.full(4, gain, np.float32))
+
+
+def test_a_head_of_linen_that_starts_at_zero_hides_no_second_use():
+    class Model(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            y = linen.Dense(4)(x)
+            y = y + linen.BatchNorm(use_running_average=True)(y)
+            return linen.Dense(3, kernel_init=linen.initializers.zeros)(y)
+
+    variables = Model().init(jax.random.key(0), X)
+
+    assert batch_norm_pairs(Model(), variables, X) == {}
+
+
 def test_a_layer_and_its_batch_norm_may_be_called_twice():
     layer, norm = nnx.Linear(4, 4, rngs=nnx.Rngs(0)), norm_of(4)
     model, x = nnx.Sequential(layer, norm, jax.nn.relu, layer, norm), jnp.ones((2, 4))
@@ -241,6 +275,25 @@ def test_frozen_statistics_stay_and_training_is_evaluation(kind):
     module.eval()
     np.testing.assert_array_equal(trained, step(module, 3 * X))
     assert int(module.steps[...]) == 3
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_gradients_with_frozen_statistics_are_those_of_evaluation(kind):
+    """That of the layer's bias was zero, though a fixed mean does not take it away again."""
+    module = FoldedBatchNorm(*LAYERS[kind](), "int8@channel", freeze=0)
+    target = jnp.asarray(RNG.normal(size=module(X).shape), jnp.float32)
+
+    def gradients(model):
+        return nnx.to_pure_dict(nnx.grad(lambda model: jnp.mean((model(X) - target) ** 2))(model))
+
+    trained = gradients(module)
+    module.eval()
+    evaluated = gradients(module)
+
+    assert jax.tree.structure(trained) == jax.tree.structure(evaluated)
+    for ours, expected in zip(jax.tree.leaves(trained), jax.tree.leaves(evaluated), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+        assert np.any(expected)
 
 
 def test_linen_layers_in_a_row_are_folded():

@@ -145,6 +145,19 @@ def test_a_linen_model_and_a_function_have_them_too():
     np.testing.assert_allclose(run(params, X), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_adapters_are_not_replaced_by_new_ones():
+    tuned = randomized(add_lora(mlp(None), X, rank=2, key=jax.random.key(1)))
+    module = linen.Dense(3)
+    adapted, carried = add_lora(module, X, rank=2, key=jax.random.key(1), params=module.init(jax.random.key(0), X))
+
+    with pytest.raises(ValueError, match="has adapters, which new ones would replace: merge them first"):
+        add_lora(tuned, X, rank=2, key=jax.random.key(2))
+    with pytest.raises(ValueError, match="has adapters, which new ones would replace: merge them first"):
+        add_lora(adapted, X, rank=2, key=jax.random.key(2), params=carried)
+    again = add_lora(merge_lora(tuned, X), X, rank=2, key=jax.random.key(2))
+    np.testing.assert_allclose(again(X), tuned(X), rtol=1e-4, atol=1e-5)
+
+
 def test_paths_choose_the_weights():
     spec = DataSpec("language_model", (8,), 16)
     model = models.build(TransformerConfig(depth=1, width=16, heads=2), spec, 0)

@@ -1,5 +1,7 @@
 """Changes of weights that leave the function as it is, and audits of what a narrow format loses."""
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -30,6 +32,17 @@ def test_powers_of_two_around_a_relu_change_no_bit_of_the_result(bias):
 
     np.testing.assert_array_equal(function(moved, x), function(pair(bias), x))
     np.testing.assert_array_equal(moved.first, np.ldexp(pair().first, exponents))
+
+
+@pytest.mark.parametrize("exponent", [-126, 126])
+def test_the_largest_powers_of_two_are_exact(exponent):
+    """XLA divides by a broadcast array through reciprocals, and that of 2**127 is no normal number."""
+    first, second = np.ldexp(pair().first, -exponent // 2), np.ldexp(pair().second, exponent // 2)
+
+    moved = rescale_pair(Pair(first, second), np.full(7, exponent))
+
+    np.testing.assert_array_equal(moved.first, np.ldexp(first, exponent))
+    np.testing.assert_array_equal(moved.second, np.ldexp(second, -exponent))
 
 
 def test_equalization_gives_both_layers_the_geometric_mean_of_their_ranges():
@@ -122,15 +135,59 @@ def test_clamping_stores_the_largest_number_and_counts_the_same():
     assert audit == store_as(x, "float16")[1] == (2, 0, 0, 5)
 
 
-def test_what_has_no_largest_number_beyond_which_it_overflows_saturates_and_is_counted():
-    stored, audit = store_as(np.float32([100.0, 1.0]), "float4_e2m1fn")
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "float4_e2m1fn", "float16"])
+@pytest.mark.parametrize("clamp", [False, True])
+def test_what_is_stored_can_be_stored_again_also_of_infinite_numbers(name, clamp):
+    """Clamping left an infinity where E4M3FN has none."""
+    x = np.float32([np.inf, -np.inf, np.nan, 1e6, 1.0])
 
-    np.testing.assert_array_equal(stored, [6, 1])
+    stored, _ = store_as(x, name, clamp=clamp)
+
+    np.testing.assert_array_equal(store_as(stored, name)[0], stored)
+    np.testing.assert_array_equal(stored[:3], store_as(x[:3], name)[0])
+
+
+@pytest.mark.parametrize("dtypes", [("float16", "float16"), ("bfloat16", "float32"), ("float32", "float16")])
+def test_kernels_keep_their_dtypes_and_only_results_need_their_range(dtypes):
+    """2**20 is no number of float16, though a weight of 2**-10 times that is one."""
+    first, second = (jnp.asarray(np.ldexp(w, e), d) for w, e, d in zip(pair()[:2], (-10, 0), dtypes, strict=True))
+    exponents = np.asarray([20, 16, 3, 0, 1, 20, 17])
+
+    with jax.numpy_dtype_promotion("strict"):
+        moved = jax.jit(rescale_pair)(Pair(first, second), exponents)
+        equal = equalize(Pair(first, second))
+
+    assert [x.dtype for x in (*moved[:2], *equal[:2])] == [jnp.dtype(d) for d in dtypes] * 2
+    np.testing.assert_array_equal(np.float32(moved.first), np.ldexp(np.float32(first), exponents))
+    near = np.ldexp(np.float32(second), -exponents[:, None])
+    np.testing.assert_array_equal(np.float32(moved.second), near.astype(jnp.dtype(dtypes[1])).astype(np.float32))
+    ranges = np.abs(np.float32(equal.first)).max(0), np.abs(np.float32(equal.second)).max(1)
+    np.testing.assert_allclose(*ranges, rtol=0.02)
+
+
+def test_what_has_no_largest_number_beyond_which_it_overflows_saturates_and_is_counted():
+    stored, audit = store_as(np.float32([100.0, 6.0, 1.0]), "float4_e2m1fn")
+
+    np.testing.assert_array_equal(stored, [6, 6, 1])
     assert audit.overflow == 1
 
 
 def norm_read_by(rows):
-    return Norm(np.ones(3), None, (np.ones((rows, 2)),))
+    return Norm(jnp.ones(3), None, (jnp.ones((rows, 2)),))
+
+
+def test_channels_are_counted_from_either_end_or_marked():
+    mask = np.asarray([True, False, True])
+
+    gains = [inject_norm_outliers(norm_read_by(3), which, 2.0).gain for which in ([0, 2], [-3, -1], mask)]
+
+    for gain in gains:
+        np.testing.assert_array_equal(gain, [2, 1, 2])
+
+
+def test_exponents_are_whole():
+    with pytest.raises(TypeError, match="takes integers as exponents, got float"):
+        rescale_pair(pair(), np.full(7, 1.5))
 
 
 @pytest.mark.parametrize(
@@ -140,10 +197,15 @@ def norm_read_by(rows):
         (lambda: rescale_pair(pair(), np.zeros(6, int)), r"factors \(hidden,\); got"),
         (lambda: equalize(Pair(np.ones((2, 3)), np.ones((4, 2)))), "expected kernels"),
         (
-            lambda: inject_norm_outliers(Norm(np.ones(3), None, (np.ones((4, 2)),)), [0], 2.0),
+            lambda: inject_norm_outliers(norm_read_by(4), [0], 2.0),
             r"as many rows, got \[4\]",
         ),
-        (lambda: inject_norm_outliers(Norm(np.ones(3), None, (np.ones((3, 2)),)), [0], 0.0), "positive number"),
+        (lambda: inject_norm_outliers(norm_read_by(3), [0], 0.0), "positive number"),
+        (lambda: inject_norm_outliers(norm_read_by(3), [0], np.inf), "positive number, not infinite"),
+        (lambda: inject_norm_outliers(norm_read_by(3), [0, 3], 2.0), "channel 3 of a norm of 3 channels"),
+        (lambda: inject_norm_outliers(norm_read_by(3), [-4], 2.0), "channel -4 of a norm of 3 channels"),
+        (lambda: rescale_pair(pair(), np.full(7, 127)), "exponents from 127 to 127: those of"),
+        (lambda: rescale_pair(pair(), np.full(7, -127)), "exponents from -127 to -127: those of"),
     ],
 )
 def test_what_does_not_fit_is_refused(call, words):

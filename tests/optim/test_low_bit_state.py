@@ -1,5 +1,7 @@
 """Optimizer moments in few bits: what is stored, what is left alone, and what a step becomes."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,6 +111,39 @@ def test_bytes_are_those_of_the_accounting_and_small_arrays_stay():
     assert state.inner[0].count.dtype == jnp.int32
     everything = low_bit_state(optax.adam(1e-2), "int8@tensor", min_size=1).init(PARAMS)
     assert len(moments(everything)) == 4
+
+
+def test_hyperparameters_stay_as_they_are_whatever_their_size():
+    """In bfloat16, b2 = 0.999 would be 1, and no second moment would ever move."""
+    tx = low_bit_state(optax.inject_hyperparams(optax.adam)(1e-2), "bfloat16", min_size=1)
+
+    params, state = steps(tx, 2)
+
+    assert len(moments(state)) == 4
+    assert float(state.inner.hyperparams["b2"]) == np.float32(0.999)
+    plain, _ = steps(low_bit_state(optax.adam(1e-2), "bfloat16", min_size=1), 2)
+    np.testing.assert_allclose(params["bias"], plain["bias"], rtol=1e-5)
+
+
+class Named(NamedTuple):
+    """Parameters, one of which has the name of optax's second moments."""
+
+    nu: jax.Array
+    other: jax.Array
+
+
+def test_a_parameter_called_nu_has_first_moments_of_both_signs():
+    """Stored without negative numbers, they were zero."""
+    params = Named(jnp.ones(SHAPE), jnp.ones(SHAPE))
+    tx = low_bit_state(optax.adam(1e-2), "dynamic8@group256")
+
+    _, state = jax.jit(tx.update)(jax.tree.map(lambda p: -p, params), tx.init(params), params)
+
+    adam = state.inner[0]
+    formats_of = [[one.stored.quantizer.format.name for one in moment] for moment in (adam.mu, adam.nu)]
+    assert formats_of == [["dynamic8"] * 2, ["dynamic8_unsigned"] * 2]
+    np.testing.assert_array_equal(adam.mu.nu.dequantize(), adam.mu.other.dequantize())
+    assert (adam.mu.nu.dequantize() < 0).all()
 
 
 def test_squares_that_a_linear_code_loses_are_kept_by_the_dynamic_one():

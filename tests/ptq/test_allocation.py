@@ -139,8 +139,30 @@ def test_the_loss_can_be_what_is_spared():
     assert sum(per_site) <= found.damage <= found.uniform[BITS[1]][1]
 
 
+def with_losses(table, losses):
+    """Returns a table in which each policy, the reference first, has the same loss at every site."""
+    rows = [dataclasses.replace(row, one_on_loss=losses[table.names.index(row.policy)]) for row in table]
+    return dataclasses.replace(table, rows=tuple(rows), whole=tuple((0.0, loss) for loss in losses))
+
+
+def test_a_policy_whose_loss_is_no_number_is_the_worst_of_all(table):
+    """A NaN hid every allocation that takes more bytes than the narrowest one, whose damage was NaN."""
+    found = pl.allocate(with_losses(table, [0.25, np.nan, 0.5, 0.75]), 8, objective="loss")
+
+    assert set(found.choices.values()) == {BITS[1]}
+    assert found.damage == 4 * 0.25
+    narrow = pl.allocate(with_losses(table, [0.25, np.nan, 0.5, 0.75]), 4, objective="loss")
+    assert set(narrow.choices.values()) == {BITS[0]}
+    assert narrow.damage == np.inf
+
+
 def test_what_cannot_be_allocated_is_refused(table):
     with pytest.raises(ValueError, match=r"budget_bits=2 is 256 bytes, but these policies store at least 512: 4 bits"):
         pl.allocate(table, 2)
     with pytest.raises(ValueError, match="objective='loss' must be 'error', or 'loss' where"):
         pl.allocate(table, 8, objective="loss")
+    for bits in (np.inf, np.nan):
+        with pytest.raises(ValueError, match=f"budget_bits={bits}: expected a finite number of bits"):
+            pl.allocate(table, bits)
+    with pytest.raises(ValueError, match="loss under the reference 'float32' is nan"):
+        pl.allocate(with_losses(table, [np.nan, 1.0, 1.0, 1.0]), 8, objective="loss")

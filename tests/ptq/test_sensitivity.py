@@ -197,5 +197,5 @@ def test_what_cannot_be_scored_is_refused():
     with pytest.raises(TypeError, match="params= is missing"):
         pl.sensitivity(two_layers, [W4], BATCHES)
     found = pl.sensitivity(two_layers, [W4], BATCHES[:1], params=PARAMS)
-    with pytest.raises(KeyError, match="no site 'c' under policy"):
+    with pytest.raises(KeyError, match=r"no site 'c' under policy.*policies, as they were given, "):
         found.at("c", W4)

@@ -45,6 +45,7 @@ FAILS = {"kind": "fails", "a": "x", "value": 10.0}
 CASES = [
     (FAILS, {"x": [math.nan, math.inf, 10.5]}, "reproduced"),
     (FAILS, {"x": [Diverged("diverged at step 3"), 1e30, math.nan]}, "reproduced"),
+    (FAILS, {"x": [math.nan, -math.inf, 10.5]}, "reproduced"),
     (FAILS, {"x": [math.nan, 10.0, 11.0]}, "not_reproduced"),  # the value itself is no failure
     (FAILS, {"x": [math.nan, -1e30, 11.0]}, "not_reproduced"),
     (FAILS, {"x": [math.nan, "failed: a crash", 11.0]}, "inconclusive"),
@@ -62,6 +63,7 @@ CASES = [
     (EQUAL, {"x": [0.0, 10.0, math.nextafter(20.0, 21.0)], "y": Y}, "not_reproduced"),
     ({**EQUAL, "tol": 1.0}, {"x": [1.0, 9.0, 20.0], "y": Y}, "reproduced"),
     ({**EQUAL, "tol": 1.0}, {"x": [1.5, 9.0, 20.0], "y": Y}, "not_reproduced"),
+    ({**EQUAL, "tol": 1.0}, {"x": [0.0, 8.5, 20.0], "y": Y}, "not_reproduced"),
     (RATIO, {"x": [1.4, 11.4, 21.6], "y": [2.0, 12.0, 22.0], "z": [1.0, 11.0, 21.0]}, "reproduced"),
     (RATIO, {"x": [1.5, 11.5, 21.5], "y": [2.0, 12.0, 22.0], "z": [1.0, 11.0, 21.0]}, "not_reproduced"),
     (RATIO, {"x": [0.0] * 3, "y": [1.0] * 3, "z": [1.0] * 3}, "inconclusive"),  # half of nothing
@@ -106,6 +108,16 @@ def test_a_verdict_carries_its_numbers_and_a_sentence(claim):
     assert "eval/loss" in verdict.say
 
 
+@pytest.mark.parametrize(
+    "claim", [GT, CLOSE, EQUAL, RATIO, ABOVE, BELOW, RISES, FAILS], ids=lambda claim: claim["kind"]
+)
+def test_without_seeds_nothing_is_decided(claim):
+    verdict = judge(claim, {}, seeds=())
+
+    assert verdict.verdict == "inconclusive"
+    assert "no seed was run" in verdict.because
+
+
 def test_pairing_sees_through_a_spread_over_seeds_that_hides_the_means():
     verdict = judge({**GT, "margin": 0.05}, {"x": [0.1, 10.1, 20.1], "y": Y})
 
@@ -143,6 +155,12 @@ def test_the_author_says_it_in_his_own_words():
         ({**LAW, "points": [{**POINT, "steps": [0, 10]}] * 3}, "as a power must be positive"),
         ({**LAW, "rising": ["size"]}, "'size' is not among the variables step, bits"),
         ({**LAW, "powers": ["step", "step"]}, "each only once"),
+        ({**LAW, "falling": ["step"]}, "'step' is in rising and in falling"),
+        ({**LAW, "points": [{**POINT, "where": {"bits": math.inf}}] * 3}, "finite number"),
+        (
+            {**LAW, "points": [{**POINT, "steps": [10]}, POINT, {**POINT, "where": {"bits": 4}, "steps": [10]}]},
+            "a law of 2 variables and a constant fits any 3 points: give it points at 4 or more",
+        ),
         ({**LAW, "powers": ["step", "bits"]}, "each only once"),
         ({**LAW, "powers": ["step", "size"]}, "arm 'x' does not say what 'size' is"),
         ({**GT, "kind": "greater"}, "'gt', 'close'"),
