@@ -80,9 +80,8 @@ def _with_reference(subject: Subject, policies: list[str]) -> list[str]:
 
     own = policies or [policy_name(subject.config.policy)]
     if Policy.parse(own[0]) == Policy.parse("float32"):
-        raise ValueError(
-            "float32 is the reference itself; say what to hold against it, such as --policy bfloat16_mixed."
-        )
+        which = "float32 is the reference itself" if policies else f"{subject.name} is in float32, the reference"
+        raise ValueError(f"{which}; say what to hold against it, such as --policy bfloat16_mixed.")
     return ["float32", *own]
 
 
@@ -96,6 +95,8 @@ def _compared(subject: Subject, policies: list[str], step: int | None, examples:
         raise ValueError(f"--step {step}: {subject.name} has no checkpoints; give a run (precision-lab ls).")
     run = subject.run or run_dir(out, subject.config)
     trained = subject.run is not None and step != 0
+    if subject.run is not None and trained and subject.run.is_busy():  # Opening its checkpoints would tidy up there.
+        raise ValueError(f"{subject.name} is running; wait until it is done, or give --step 0, what it began with.")
     try:
         start = {} if trained else start_from(run, subject.config)
     except StartError as error:
@@ -169,7 +170,7 @@ def _words(table: "Comparison", policies: Sequence[str], by: By) -> list[str]:
         worst = min(products, key=lambda row: getattr(row, by).sqnr_db, default=None)
         ends = ", ".join(f"{row.site} {_in_words(row.cumulative)}" for row in rows if row.local is None)
         first = f"worst {by} {worst.site} at {_in_words(getattr(worst, by))}; " if worst else ""
-        lines.append(f"{policy}: {first}what the model returns: {ends}.")
+        lines.append(f"{policy}: {first}{ends}.")
     return lines
 
 

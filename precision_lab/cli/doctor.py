@@ -29,6 +29,9 @@ def doctor_command(
     against: Annotated[
         str, typer.Option("--against", metavar="PATH", help="An earlier state: which arrays were cast since?")
     ] = "",
+    only: Annotated[
+        str, typer.Option("--only", metavar="GLOB", help='Only these arrays, as in rules: "params/**".')
+    ] = "",
     out: Out = Path("runs"),
     json: Json = False,
 ) -> None:
@@ -45,8 +48,8 @@ def doctor_command(
         from precision_lab import doctor
         from precision_lab.training.state_files import read_state
 
-        state = read_state(place)
-        found = doctor(state, fmts, against=None if other is None else read_state(other), tell=bar.tell)
+        earlier = None if other is None else _chosen(read_state(other), only, other)
+        found = doctor(_chosen(read_state(place), only, place), fmts, against=earlier, tell=bar.tell)
     if json:
         show_json(_data(place, other, found))
         return
@@ -62,6 +65,24 @@ def _place(path: str, out: Path) -> Path:
     if not runs_called(path, out):
         raise ValueError(f"no file or folder {path!r}, and no run of that name in {out}.")
     return find_run(path, out).checkpoints
+
+
+def _chosen(state: Any, only: str, place: Path) -> Any:
+    """Returns the arrays whose paths match a glob, or all.
+
+    Raises:
+      ValueError: none matches.
+    """
+    from precision_lab.policy.patterns import glob_matches
+    from precision_lab.telemetry.doctor import named_arrays
+
+    arrays = named_arrays(state)
+    found = {path: x for path, x in arrays.items() if not only or glob_matches(only, path)}
+    if arrays and not found:
+        raise ValueError(
+            f"--only {only} matches no array of {place}; the first of {len(arrays)} is {next(iter(arrays))}."
+        )
+    return found
 
 
 def _show(found: "Diagnosis") -> None:

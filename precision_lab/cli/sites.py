@@ -72,9 +72,9 @@ def _show(table: "SiteTable") -> None:
 
 
 def kind(site: "Site") -> str:
-    """Returns what a site is: a product, a convolution, a lookup, or the name of its operation."""
-    names = {"dot_general": "product", "conv_general_dilated": "convolution", "gather": "lookup"}
-    return names.get(site.op, site.op)
+    """Returns what a site is: a product, a convolution, a lookup in a parameter, or the name of its operation."""
+    names = {"dot_general": "product", "conv_general_dilated": "convolution"}
+    return "lookup" if site.op == "gather" and site.has_parameter else names.get(site.op, site.op)
 
 
 def sentences(table: "SiteTable") -> list[str]:

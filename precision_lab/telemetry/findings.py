@@ -159,7 +159,8 @@ def _change_group(change: Change | None) -> tuple[str, ...] | None:
     """Returns what changes have in common that are told together."""
     if change is None or change.kind == changes.SAME:
         return None
-    return change.kind, change.before, change.after, change.via
+    trained = change.kind in (changes.VALUES, changes.SHAPE) and change.before == change.after
+    return (change.kind,) if trained else (change.kind, change.before, change.after, change.via)
 
 
 def _change_text(same: Sequence[Leaf]) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from precision_lab import data
 from precision_lab.cli import main
-from precision_lab.runner.rundir import run_dir
+from precision_lab.runner.rundir import all_runs, run_dir
 from precision_lab.runner.yaml12 import dump
 from precision_lab.training import RunConfig
 from precision_lab.training.checkpointing import Checkpoints
@@ -134,6 +134,20 @@ def test_sites_come_worst_first_and_what_the_model_returns_last(cli, tmp_path):
     ]
 
 
+def test_a_run_that_is_going_on_is_left_alone(cli, tmp_path):
+    """Its checkpoint may be half written, and opening the folder would remove it."""
+    name, _ = saved_run(tmp_path)
+    (run,) = all_runs(tmp_path / "runs")
+    torn = run.checkpoints / "20.orbax-checkpoint-tmp"
+
+    with run.claim(run.config(), wait=False):
+        torn.mkdir()
+        code, _, err = cli("compare", name, "-p", "bfloat16_mixed")
+
+    assert (code, torn.exists()) == (2, True)
+    assert f"{name} is running; wait until it is done, or give --step 0" in err
+
+
 @pytest.mark.parametrize("ending", ["svg", "html", "png"])
 def test_a_picture_is_saved_where_it_is_told(cli, tmp_path, ending):
     code, _, err = cli("compare", "toy.yaml", "-p", "bfloat16_mixed", "--save", f"sub/a.{ending}")
@@ -145,7 +159,8 @@ def test_a_picture_is_saved_where_it_is_told(cli, tmp_path, ending):
 
 
 BAD = [
-    (("toy.yaml",), "float32 is the reference itself; say what to hold against it"),
+    (("toy.yaml",), "toy, arm float32 is in float32, the reference; say what to hold against it"),
+    (("toy.yaml", "-p", "float32"), "float32 is the reference itself; say what to hold against it"),
     (("toy.yaml", "-p", "bf16", "-p", "bfloat16"), "the same policy is given twice"),
     (("toy.yaml", "-p", "bfloat16_mixed", "--step", "3"), "--step 3: toy, arm float32 has no checkpoints; give a run"),
     (("toy.yaml", "-p", "bfloat16_mixed", "--save", "a.gif"), "a picture ends in one of .png, .svg, .pdf, .html"),

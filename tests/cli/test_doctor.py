@@ -79,7 +79,17 @@ def test_a_run_is_looked_at_by_its_name_or_any_of_its_folders(cli, tmp_path):
     assert by_path["params/layers/0/kernel"]["amax"] == np.max(np.abs(kernel))
 
 
+def test_only_some_arrays_are_looked_at(cli, tmp_path):
+    name, _ = saved_run(tmp_path)
+
+    found = json.loads(cli("doctor", name, "--only", "params/**/bias", "--against", name, "--json")[1])
+
+    assert [row["path"] for row in found["arrays"]] == ["params/head/bias", "params/layers/0/bias"]
+    assert found["findings"][0]["kind"] == "same"
+
+
 BAD = [
+    (("w.npz", "--only", "v*"), "--only v* matches no array of w.npz; the first of 1 is w."),
     (("nothing",), "no file or folder 'nothing', and no run of that name in runs."),
     (("w.npz", "--against", "nothing"), "no file or folder 'nothing'"),
     (("w.npz", "-f", "mxfp4"), "mxfp4 has no range of its own"),

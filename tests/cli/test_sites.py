@@ -97,6 +97,31 @@ def test_an_arm_can_be_looked_at_without_those_that_the_file_speaks_of(cli, tmp_
     assert len(sites(cli, "some.yaml", "--arm", "float32")["sites"]) == 2
 
 
+def test_a_model_of_ones_own_joins_by_import(cli, tmp_path, monkeypatch):
+    (tmp_path / "wide_module.py").write_text(
+        "from typing import Literal\n"
+        "from flax import nnx\n"
+        "import precision_lab as pl\n"
+        "from precision_lab.models.config import ModelConfig\n"
+        "class Wide(ModelConfig):\n"
+        "    kind: Literal['wide_of_test'] = 'wide_of_test'\n"
+        "    width: int = 3\n"
+        "class Net(nnx.Module):\n"
+        "    def __init__(self, config, spec, rngs):\n"
+        "        self.one = nnx.Linear(64, config.width, rngs=rngs)\n"
+        "    def __call__(self, x):\n"
+        "        return self.one(x.reshape(-1, 64))\n"
+        "pl.register_model('wide_of_test', Wide, Net)\n"
+    )
+    from precision_lab.models.config import MODELS
+
+    monkeypatch.setattr(MODELS, "_entries", dict(MODELS._entries))
+
+    found = sites(cli, "wide_of_test:width=5", "--import", "wide_module")
+
+    assert [(row["name"], row["out"]) for row in found["sites"]] == [("one/kernel", "float32[64,5]")]
+
+
 BAD = [
     (("toi",), "no config file or experiment folder 'toi'"),
     (("toi",), "Nor is it a run in runs, or a model: char_resmlp, convnet, mlp, transformer."),

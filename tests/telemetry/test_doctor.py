@@ -274,6 +274,15 @@ def test_other_values_other_shapes_and_other_arrays_are_told_apart():
     assert "every array is the same" in str(pl.doctor(before, [], against=dict(before)))
 
 
+def test_what_training_moved_is_told_in_one_sentence_whatever_its_dtype():
+    before = {"a": normal(9), "b": normal(9, dtype=np.float16), "n": np.int32(3)}
+    after = {"a": normal(9, seed=1), "b": normal(9, seed=1, dtype=np.float16), "n": np.int32(4)}
+
+    found = [one for one in pl.doctor(after, [], against=before).findings if one.kind == "values"]
+
+    assert [set(one.paths) for one in found] == [{"a", "b", "n"}]
+
+
 def test_models_states_and_keys_are_trees_too():
     model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
 
