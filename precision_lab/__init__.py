@@ -32,7 +32,7 @@ _HOME = {
         "stochastic_rounding",
         "value_and_scaled_grad",
     ),
-    "telemetry": ("compare", "observe", "observed", "tensor_stats", "tree_stats"),
+    "telemetry": ("compare", "doctor", "observe", "observed", "tensor_stats", "tree_stats"),
     "models": ("register_model",),
     "data": ("register_data",),
     "runner": ("load", "run"),
@@ -84,6 +84,7 @@ if TYPE_CHECKING:
     from precision_lab.runner import load as load
     from precision_lab.runner import run as run
     from precision_lab.telemetry import compare as compare
+    from precision_lab.telemetry import doctor as doctor
     from precision_lab.telemetry import observe as observe
     from precision_lab.telemetry import observed as observed
     from precision_lab.telemetry import tensor_stats as tensor_stats

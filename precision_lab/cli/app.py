@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import typer
 
-from precision_lab.cli import bench, browse, experiments, numbers, records
+from precision_lab.cli import bench, browse, compare, doctor, experiments, numbers, records, sites
 from precision_lab.cli.output import error_console
 
 OK, BAD_INPUT, SOME_FAILED, DIVERGED, PREEMPTED, INTERRUPTED = 0, 2, 3, 4, 75, 130
@@ -26,6 +26,9 @@ app = typer.Typer(
 experiments.register(app)
 browse.register(app)
 records.register(app)
+sites.register(app)
+compare.register(app)
+doctor.register(app)
 numbers.register(app)
 bench.register(app)
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import threading
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import Progress
 
-from precision_lab.cli.output import console, error_console
-
-_PATIENCE_S = 2.0
+from precision_lab.cli.output import Bar, console
 
 Rounds = Annotated[int, typer.Option(help="Interleaved rounds to take medians of.", min=3)]
 Small = Annotated[bool, typer.Option("--small", help="Tiny models, to try the command; ratios say nothing.")]
@@ -69,7 +65,7 @@ def bench_quant_command(
 
 def _run_on_models(benchmark: Any, model: str, rounds: int, write: Path | None, *, small: bool, as_json: bool) -> None:
     """Runs a benchmark of models with a progress bar."""
-    with _Bar(benchmark.work(model, rounds)) as bar:
+    with Bar(benchmark.work(model, rounds)) as bar:
         result = benchmark.run(model=model, rounds=rounds, small=small, tell=bar.tell)
     _present(benchmark, result, write, as_json=as_json)
 
@@ -85,25 +81,3 @@ def _present(benchmark: Any, result: dict[str, Any], directory: Path | None, *, 
     console().print(report.table(result, title=benchmark.title(result), unit=benchmark.UNIT))
     for path in paths:
         typer.echo(f"wrote {path}")
-
-
-class _Bar:
-    """A progress bar on stderr that appears when two seconds have passed, and goes when the work is done."""
-
-    def __init__(self, total: int) -> None:
-        self._progress = Progress(console=error_console(), transient=True)
-        self._task = self._progress.add_task("", total=total)
-        self._shown = threading.Timer(_PATIENCE_S, self._progress.start)
-
-    def tell(self, message: str, units: int) -> None:
-        """Notes what is being done, and that so many units are done."""
-        self._progress.update(self._task, description=message, advance=units)
-
-    def __enter__(self) -> _Bar:
-        self._shown.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._shown.cancel()
-        self._shown.join()
-        self._progress.stop()

@@ -176,20 +176,28 @@ def find_run(name: str, out: Path) -> "RunDir":
     Raises:
       ValueError: none, or more than one.
     """
-    from precision_lab.runner.rundir import RunDir, all_runs
+    from precision_lab.runner.rundir import all_runs
     from precision_lab.runner.tree import suggestion
 
-    if (Path(name) / "config.yaml").is_file() and (Path(name).parent.name == "trials"):
-        return RunDir(Path(name))
-    runs = {run.id: run for run in all_runs(out)}
-    exact = [run for key, run in runs.items() if key == name]
-    found = exact or [run for key, run in runs.items() if key.startswith(name) or key.split("-")[-1].startswith(name)]
+    found = runs_called(name, out)
     if len(found) == 1:
         return found[0]
     if found:
         raise ValueError(f"{name!r} may be any of {', '.join(run.id for run in found[:4])}; write more of it.")
+    runs = [run.id for run in all_runs(out)]
     hint = suggestion(name, runs, what="runs") if len(runs) <= 8 else "; precision-lab ls lists them."
     raise ValueError(f"no run {name!r} in {out}{hint}")
+
+
+def runs_called(name: str, out: Path) -> list["RunDir"]:
+    """Returns the runs that a name, a prefix of it or of its hash, or a folder may mean."""
+    from precision_lab.runner.rundir import RunDir, all_runs
+
+    if (Path(name) / "config.yaml").is_file() and (Path(name).parent.name == "trials"):
+        return [RunDir(Path(name))]
+    runs = {run.id: run for run in all_runs(out)}
+    exact = [run for key, run in runs.items() if key == name]
+    return exact or [run for key, run in runs.items() if key.startswith(name) or key.split("-")[-1].startswith(name)]
 
 
 def _details(run: "RunDir") -> dict[str, Any]:

@@ -145,12 +145,13 @@ class SiteTable(Sequence[Site]):
 
 
 def _to_dict(site: Site) -> dict[str, Any]:
-    """Flattens a site, formats by name."""
+    """Flattens a site, formats by name; `op` is the primitive's, and the setting of that name is the `category`."""
     row = {field.name: getattr(site, field.name) for field in dataclasses.fields(site) if field.name != "treatment"}
     treatment = (
         {} if site.treatment is None else {k: show.show(getattr(site.treatment, k)) for k, show in SETTINGS.items()}
     )
-    return {"name": site.name, **row, **{key: treatment.get(key) for key in SETTINGS}}
+    settings = {"category" if key == "op" else key: treatment.get(key) for key in SETTINGS}
+    return {"name": site.name, **row, **settings}
 
 
 def clean_scope(scope: str, root: str = "") -> str:

@@ -75,6 +75,12 @@ def heat_map(insides: Mapping[str, "Inside"], which: str = "sqnr_db") -> str | N
 
     None where no arm has a site with an error. Dark cells lose most; an infinite ratio, no error, is left white.
     """
+    picture = heat_picture(insides, which)
+    return picture.svg if picture else None
+
+
+def heat_picture(insides: Mapping[str, "Inside"], which: str = "sqnr_db") -> Picture | None:
+    """Returns the heat map as a picture; see `heat_map`."""
     arms = [arm for arm, one in insides.items() if any(math.isfinite(row[which]) for row in one.sites)]
     sites = list(dict.fromkeys(row["site"] for arm in arms for row in insides[arm].sites))[:_MOST_SITES]
     if not arms or not sites:
@@ -86,7 +92,7 @@ def heat_map(insides: Mapping[str, "Inside"], which: str = "sqnr_db") -> str | N
         panel.set_yticks(range(len(sites)), sites)
         panel.set_xticks(range(len(arms)), arms, rotation=30, ha="right")
         panel.grid(visible=False)
-        return Picture(figure, "Signal to noise in dB of each site's product, by arm").svg
+        return Picture(figure, "Signal to noise in dB of each site's product, by arm")
 
 
 def _cells(panel: "Axes", grid: Sequence[Sequence[float]]) -> None:

@@ -42,10 +42,20 @@ def beginning(config: RunConfig, program: Program, spec: DataSpec, start_from: P
     """
     if config.start is None and not config.transforms:
         return Beginning(program.init(config.seed, hyper(config)), {})
-    seed = jnp.asarray(config.seed, jnp.uint32)
-    params, model_state = program.fresh(seed) if config.start is None else _final_parameters(config, spec, start_from)
+    params, model_state, audit = parameters_at_start(config, program, spec, start_from)
+    return Beginning(program.start(params, model_state, hyper(config), jnp.asarray(config.seed, jnp.uint32)), audit)
+
+
+def parameters_at_start(
+    config: RunConfig, program: Program, spec: DataSpec, start_from: Path | None
+) -> tuple[Any, Any, dict[str, float]]:
+    """Returns the float32 parameters and the other state that a run begins with, and the audit; see `beginning`."""
+    fresh = config.start is None
+    params, model_state = (
+        program.fresh(jnp.asarray(config.seed, jnp.uint32)) if fresh else _final_parameters(config, spec, start_from)
+    )
     params, audit = transformed(params, config.transforms, config.seed)
-    return Beginning(program.start(params, model_state, hyper(config), seed), audit)
+    return params, model_state, audit
 
 
 def check_beginning(program: Program, config: RunConfig) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from pydantic import BaseModel
 
@@ -163,6 +164,50 @@ class Checkpoints:
                 f"the checkpoints in '{self._folder}' belong to a run with another config: "
                 f"{', '.join(differing)} differ. Use another folder, or remove it to start afresh."
             )
+
+
+def read_arrays(folder: Path) -> tuple[Any, Path]:
+    """Returns the arrays of a checkpoint, whoever wrote it, as they were saved, and the folder they were found in.
+
+    Args:
+      folder: of a run or its checkpoints, of which the latest is taken; of one checkpoint; or of one tree.
+
+    Returns:
+      Nested dicts and lists of NumPy arrays. Several trees that were saved together are under their names.
+
+    Raises:
+      ValueError: there is no Orbax checkpoint of trees, or one that cannot be read.
+    """
+    trees = _trees_in(folder)
+    if not trees:
+        raise ValueError(f"'{folder}' holds no Orbax checkpoint of a tree: no _METADATA in it, or in its latest step.")
+    found = {}
+    with _QUIET, ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        for path in trees:
+            try:
+                shapes = checkpointer.metadata(path).item_metadata.tree
+                as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+                found[path.name] = checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+            except Exception as error:  # Of many kinds, for files that are torn or of an unknown layout.
+                message = " ".join(f"{error}".split())[:200]
+                raise ValueError(f"'{path}' cannot be read: {type(error).__name__}: {message}") from error
+    return (next(iter(found.values())), trees[0]) if len(found) == 1 else (found, trees[0].parent)
+
+
+def _trees_in(folder: Path) -> list[Path]:
+    """Returns the folders of the trees that were saved together last."""
+    folder = Path(folder).absolute()
+    if (folder / "_METADATA").is_file():
+        return [folder]
+    steps = sorted((path for path in folder.glob("*") if path.name.isdecimal() and path.is_dir()), key=_number)
+    if steps:
+        return _trees_in(steps[-1])
+    trees = sorted(path.parent for path in folder.glob("*/_METADATA"))
+    return trees or (_trees_in(folder / "checkpoints") if (folder / "checkpoints").is_dir() else [])
+
+
+def _number(path: Path) -> int:
+    return int(path.name)
 
 
 def _not_semantic(config: BaseModel) -> dict[str, Any]:

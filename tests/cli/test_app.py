@@ -44,7 +44,7 @@ def test_help_imports_no_jax_and_no_plotting():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
 
     assert done.returncode == 0, done.stderr
-    for command in ("run", "check", "report", "ls", "show", "formats", "bits", "memory"):
+    for command in ("run", "check", "report", "ls", "show", "formats", "bits", "memory", "sites", "compare", "doctor"):
         assert command in done.stdout
 
 
