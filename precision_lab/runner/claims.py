@@ -1,7 +1,8 @@
 """Claims: what a paper says, as data that a run can be held against, and the verdict on each.
 
 Every comparison is paired: the arms of one seed share initialisation and batch order, so `d = a - b` is formed seed by
-seed; of arms that differ in model or data this is not true, and the verdict says so. A missing arm, a crash, a
+seed; of arms that differ in model or data, or whose beginnings (`start`) do, this is not true, and the verdict says
+so. A missing arm, a crash, a
 divergence or a value that is not finite makes a claim inconclusive, never a pass; only `close` and `equal` are refuted
 where one of the two arms diverged and the other did not.
 

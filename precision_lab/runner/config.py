@@ -17,11 +17,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from precision_lab.runner.axes import axis_entry, parse_seeds, with_entry
+from precision_lab.runner.claim import Term
 from precision_lab.runner.claims import Claim
 from precision_lab.runner.expansion import expand
 from precision_lab.runner.explain import LocatedError, validate
 from precision_lab.runner.identity import digest, experiment_id
-from precision_lab.runner.known import metric_names
+from precision_lab.runner.known import is_logged_at, metric_names, why_not_at
 from precision_lab.runner.resolve import BASE_KEYS, Runs, base_and_arms, resolve
 from precision_lab.runner.starts import arms_above
 from precision_lab.runner.tree import Tree, from_python, suggestion
@@ -139,7 +140,7 @@ class ExperimentConfig(BaseModel):
                 raise LocatedError(_say(written, keys, f"no arm {arm!r}{suggestion(arm, self.arms, what='arms')}"))
 
     def _refuse_unknown_metrics(self, written: Tree) -> None:
-        """Raises if a column names a metric that no arm logs, or a claim one that its arms do not log."""
+        """Raises if a column names a metric that no arm logs, or a claim one, or a step, that its arms do not log."""
         logged = self._logged_by_some()
         for i, metric in enumerate(self.metrics):
             _refuse_metric(metric, logged, _place(written, ("metrics", i)))
@@ -148,6 +149,13 @@ class ExperimentConfig(BaseModel):
                 known = self.known_metrics([term.arm])
                 own = (*keys[:-1], "metric") if term.metric else ("metric",)
                 _refuse_metric(claim.full(term).metric, known, _place(written, ("claims", i, *own)))
+                self._refuse_unknown_step(claim.full(term), _place(written, _step_of(written, ("claims", i), keys)))
+
+    def _refuse_unknown_step(self, term: Term, place: Place) -> None:
+        """Raises if a term asks for a step at which its arm logs nothing."""
+        run = next(iter(self._runs[term.arm].values()))
+        if term.at is not None and not is_logged_at(run, term.metric, term.at):
+            raise LocatedError(place.say(f"{why_not_at(run, term.metric, term.at)} (arm {term.arm!r})."))
 
     def __eq__(self, other: object) -> bool:
         """Returns whether two experiments say the same, wherever they were written."""
@@ -317,6 +325,12 @@ def _refuse_metric(metric: str, known: set[str], place: Place) -> None:
     """Raises if a metric is not logged."""
     if metric not in known:
         raise LocatedError(place.say(f"no metric {metric!r}{suggestion(metric, known, what='metrics')}"))
+
+
+def _step_of(written: Tree, claim: Keys, keys: Keys) -> Keys:
+    """Returns the path of the step, or the steps, of a term of a claim, whose arm stands under `keys`."""
+    own = [(*claim, *keys[:-1], "at"), (*claim, *keys[:-1], "steps"), (*claim, *keys[:-2], "steps"), (*claim, "at")]
+    return next((path for path in own if path in written.places), (*claim, *keys))
 
 
 def _place(written: Tree, keys: Keys) -> Place:

@@ -3,6 +3,10 @@
 All processes are the same command (`--distributed`). The first one does what a single process does: it claims, writes
 and reports. Before it trains a run it announces it, and the others train it too, with rows that go nowhere: each
 computes on its own part of the mesh. Whether to stop is decided by the first one, after every step.
+
+What is compiled for a mesh is the same however many processes share it, so numbers are bitwise those of one process
+where no sum runs over more than two devices. Longer sums are added in the order of the devices within a process, and in
+another order over the network: they may differ in their last bits, and what is trained from there with them.
 """
 
 import contextlib

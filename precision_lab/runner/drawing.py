@@ -83,10 +83,18 @@ class Picture:
         self.svg = svg_of(figure, title)
 
     def save(self, path: str | Path) -> Path:
-        """Writes the figure and returns where: .svg, or what else matplotlib knows, such as .png and .pdf."""
+        """Writes the figure and returns where: .svg, or what else matplotlib knows, such as .png and .pdf.
+
+        Raises:
+          ValueError: the file has another suffix, or none.
+        """
         import matplotlib as mpl
+        from matplotlib.backend_bases import FigureCanvasBase
 
         path = Path(path)
+        known = sorted(f".{name}" for name in FigureCanvasBase.get_supported_filetypes())
+        if path.suffix.lower() not in known:
+            raise ValueError(f"{path}: a picture is saved as one of {', '.join(known)}, got {path.suffix!r}.")
         if path.suffix == ".svg":
             path.write_text(self.svg.replace("<svg", f"<svg {_NAMESPACES}", 1), encoding="utf-8")
         else:

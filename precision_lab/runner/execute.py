@@ -22,6 +22,7 @@ from precision_lab.runner.environment import differences, fingerprint, registere
 from precision_lab.runner.groups import structure_of
 from precision_lab.runner.identity import run_id
 from precision_lab.runner.loading import Source, load
+from precision_lab.runner.order import Order
 from precision_lab.runner.resolve import BASE_KEYS
 from precision_lab.runner.results import Results, read
 from precision_lab.runner.rundir import FINISHED, TRIALS, run_dir
@@ -150,16 +151,8 @@ def _execute(pending: Sequence[Planned], executor: executors.Executor, given: Ma
     from precision_lab.training.progress import RunProgress
 
     with RunProgress(len(pending)) as progress, stop_on_signals() as stop:
-        for wave in _waves(pending) if executor.IN_WAVES else [pending]:
+        for wave in Order(pending).waves() if executor.IN_WAVES else [pending]:
             executor.execute(wave, executors.Context(progress=progress, stop=stop, **given))
-
-
-def _waves(pending: Sequence[Planned]) -> list[list[Planned]]:
-    """Returns runs in groups, of which each begins from runs of groups before it at most."""
-    waves: dict[int, list[Planned]] = {}
-    for one in pending:
-        waves.setdefault(len(ancestry(one.config)), []).append(one)
-    return [waves[depth] for depth in sorted(waves)]
 
 
 @contextmanager

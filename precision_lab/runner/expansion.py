@@ -1,7 +1,8 @@
 """From axes to arms: every combination of the steps of a sweep is an arm with a name that says what it is.
 
 Given arms multiply with the axes: `float16` under `lr` becomes `float16,lr=0.001` and `float16,lr=0.003`. A claim that
-names a given arm is judged at every combination; one may also name an arm that came of the sweep.
+names a given arm is judged at every combination, and an arm that starts from a given one starts from it at its own
+combination; both may also name an arm that came of the sweep.
 """
 
 import itertools
@@ -15,6 +16,7 @@ from precision_lab.runner.explain import LocatedError
 from precision_lab.runner.resolve import BASE_KEYS, TAGGED_KEYS
 from precision_lab.runner.tree import Tree, merge, spell_out_kinds, suggestion
 from precision_lab.runner.yaml12 import Keys, Place
+from precision_lab.training import ProbeRun, RunConfig
 
 MOST_ARMS = 10_000
 IMPLICIT_ARM = "run"
@@ -47,6 +49,10 @@ class _Arm:
         )
 
 
+_Names = Mapping[tuple[str, tuple[Step, ...]], str]
+"""The names of arms, by the given arm and the steps that they came of."""
+
+
 def expand(tree: Tree) -> Tree:
     """Returns a whole experiment with the arms that its `sweep` makes in the place of `sweep`.
 
@@ -63,6 +69,7 @@ def expand(tree: Tree) -> Tree:
     given = _given_arms(rest)
     if not axes or given is None:
         return _with_limit(rest, sweep)
+    _refuse_misfits(given, axes, rest)
     arms = _combinations(given, axes, sweep)
     kept = [arm for arm in arms if not any(arm.matches(one) for one in _conditions(sweep, arms))]
     if not kept:
@@ -99,6 +106,20 @@ def _given_arms(tree: Tree) -> dict[str, Tree] | None:
         spell_out_kinds(tree.at("arms", name), TAGGED_KEYS)
         for name, change in arms.items()
     }  # fmt: skip
+
+
+def _refuse_misfits(given: Mapping[str, Tree], axes: Sequence[Axis], rest: Tree) -> None:
+    """Raises if an axis sets what a probe has not in an arm that is one, or the probe of an arm that has none."""
+    for arm, tree in given.items():
+        touching = [axis for axis in axes if axis.touches(arm)]
+        made = any(key in ("probe", "probe.kind") for axis in touching for key in axis.keys)
+        probe = made or "probe" in tree.data or "probe" in rest.data
+        for place, key in ((axis.place, key) for axis in touching for key in axis.keys):
+            first = key.partition(".")[0]
+            if first not in (ProbeRun if probe else RunConfig).model_fields:
+                others = "" if len(given) == 1 else "; 'arms' under the axis keeps it to some of the arms"
+                what = "a probe" if probe else "a training"
+                raise LocatedError(place.say(f"arm {arm!r} is {what}, which has no {first}{others}."))
 
 
 def _combinations(given: Mapping[str, Tree], axes: Sequence[Axis], sweep: Tree) -> list[_Arm]:
@@ -149,8 +170,9 @@ def _rebuilt(rest: Tree, given: Mapping[str, Tree], arms: Sequence[_Arm], axes: 
     places: dict[Keys, Place] = {keys: place for keys, place in rest.places.items() if keys[:1] != ("arms",)}
     inherited: set[Keys] = {keys for keys in rest.inherited if keys[:1] != ("arms",)}
     changes: dict[str, Any] = {}
+    names = _names(arms)
     for arm in arms:
-        made = _with_steps(given[arm.given], arm.steps, sweep.place(()))
+        made = _with_start(_with_steps(given[arm.given], arm.steps, sweep.place(())), arm, names, axes, rest)
         changes[arm.name] = made.data
         places |= {("arms", arm.name, *keys): place for keys, place in made.places.items()}
         inherited |= {("arms", arm.name, *keys) for keys in made.inherited}
@@ -183,6 +205,25 @@ def _nested(keys: Keys, value: Tree) -> Tree:
     return Tree(data, {**places, **{(*keys, *path): place for path, place in value.places.items()}})
 
 
+def _with_start(made: Tree, arm: _Arm, names: _Names, axes: Sequence[Axis], rest: Tree) -> Tree:
+    """Returns an arm that starts from what the arm that it names became at the same combination."""
+    own = "start" in made.data
+    start = (made if own else rest).data.get("start")
+    above = start.get("arm") if isinstance(start, Mapping) else None
+    became = {steps: name for (given, steps), name in names.items() if given == above and steps}
+    if not became:
+        return made
+    place = (made if own else rest).place(("start", "arm"))
+    steps = _own_steps(arm.steps, axes, str(above))
+    if steps not in became:
+        there = suggestion("", became.values(), what="arms")
+        raise LocatedError(
+            place.say(f"the sweep made several of arm {above!r}, of which {arm.name!r} starts from one{there}")
+        )
+    start = {**start, "arm": became[steps]} if own else {"arm": became[steps]}
+    return Tree({**made.data, "start": start}, {**made.places, ("start", "arm"): place}, made.inherited)
+
+
 def _with_baseline(tree: Tree, arms: Sequence[_Arm]) -> Tree:
     """Returns the tree with a baseline among its arms: of a given one, the first that came of it."""
     baseline = tree.data.get("baseline")
@@ -197,7 +238,7 @@ def _with_claims(tree: Tree, arms: Sequence[_Arm], axes: Sequence[Axis]) -> Tree
     claims = tree.data.get("claims")
     if not isinstance(claims, list):
         return tree
-    names = {(arm.given, arm.steps): arm.name for arm in arms}
+    names = _names(arms)
     multiplied = {given for given, steps in names if steps}
     repeated: list[Any] = []
     places = {keys: place for keys, place in tree.places.items() if keys[:1] != ("claims",) or len(keys) == 1}
@@ -209,17 +250,24 @@ def _with_claims(tree: Tree, arms: Sequence[_Arm], axes: Sequence[Axis]) -> Tree
     return Tree({**tree.data, "claims": repeated}, places, tree.inherited)
 
 
-def _copies(
-    claim: Any, multiplied: set[str], names: Mapping[tuple[str, tuple[Step, ...]], str], axes: Sequence[Axis]
-) -> Iterator[Any]:
+def _names(arms: Sequence[_Arm]) -> _Names:
+    """Returns the names of arms by what they came of."""
+    return {(arm.given, arm.steps): arm.name for arm in arms}
+
+
+def _own_steps(steps: Sequence[Step], axes: Sequence[Axis], arm: str) -> tuple[Step, ...]:
+    """Returns the steps that are of axes which multiply an arm."""
+    return tuple(step for step in steps if any(step in axis.steps for axis in axes if axis.touches(arm)))
+
+
+def _copies(claim: Any, multiplied: set[str], names: _Names, axes: Sequence[Axis]) -> Iterator[Any]:
     """Yields a claim for every combination of the axes that multiply its arms, or just itself."""
     named = set(_arms_in(claim)) & multiplied
     if not named:
         yield claim
         return
     for steps in _product(axes, named):
-        own = {arm: tuple(s for s in steps if any(s in axis.steps for axis in axes if axis.touches(arm)))
-               for arm in named}  # fmt: skip
+        own = {arm: _own_steps(steps, axes, arm) for arm in named}
         if all((arm, own[arm]) in names for arm in named):
             copy = _renamed(claim, {arm: names[arm, own[arm]] for arm in named})
             if copy.get("say"):

@@ -13,6 +13,8 @@ from precision_lab.runner.summary import command, varied
 if TYPE_CHECKING:
     from precision_lab.runner.results import Results
 
+_MOST_NAMED = 12
+
 
 def axes(results: "Results") -> str:
     """Returns the table's metrics along the numeric axes of a sweep, nothing without one."""
@@ -27,8 +29,13 @@ def bits_and_quality(results: "Results") -> str:
     parts = []
     for metric in results.experiment.columns[:2]:
         picture = number_plots.pareto_picture(results, metric)
-        on = [point.arm for point in pareto(results, metric) if point.on_frontier]
+        points = pareto(results, metric)
+        on = [point.arm for point in points if point.on_frontier]
         caption = f"On the frontier, where no arm is both smaller and better: {', '.join(on)}."
+        out = [arm for arm in results.experiment.arms if arm not in {point.arm for point in points}]
+        if points and out:
+            more = f" and {len(out) - _MOST_NAMED} more" if len(out) > _MOST_NAMED else ""
+            caption += f" Left out, since bits or a finite number are missing: {', '.join(out[:_MOST_NAMED])}{more}."
         parts.append(figure(picture.svg if picture else None, caption))
     return "".join(parts)
 

@@ -1,6 +1,7 @@
-"""Which metrics a run logs, known before it runs, so that a claim about any other is refused at once."""
+"""Which metrics a run logs, and when, known before it runs, so that a claim about any other is refused at once."""
 
 from precision_lab.training import AnyRun, ProbeRun
+from precision_lab.training.rows import evaluates_at, logs_at
 from precision_lab.training.start import quantizes_parameters
 from precision_lab.training.transforms import AUDITED, StoreConfig
 
@@ -24,3 +25,26 @@ def metric_names(run: AnyRun) -> set[str]:
     if run.train.steps and run.optim.has_low_bit_second_moments:
         names.add("train/zero_second_moment_fraction")
     return names
+
+
+def is_logged_at(run: AnyRun, metric: str, step: int) -> bool:
+    """Returns whether a run logs a metric, which is one of its own, after so many steps."""
+    split = metric.partition("/")[0]
+    if isinstance(run, ProbeRun):
+        return step == 1
+    if split == "start":
+        return step == 0
+    return logs_at(run.train, step) if split == "train" else evaluates_at(run.train, step)
+
+
+def why_not_at(run: AnyRun, metric: str, step: int) -> str:
+    """Returns in words that a run does not log a metric at a step, when it does, and what would add the step."""
+    if isinstance(run, ProbeRun) or metric.startswith("start/"):
+        return f"{metric} is logged once, at step {int(isinstance(run, ProbeRun))}, not at {step}"
+    if step > run.train.steps:
+        return f"{metric} has no step {step}: the run ends at {run.train.steps}; --set claims=[] leaves claims out"
+    near = [next((at for at in steps if is_logged_at(run, metric, at)), None)
+            for steps in (range(step, -1, -1), range(step, run.train.steps + 1))]  # fmt: skip
+    way = "train.log_every sets them" if metric.startswith("train/") else f"train.eval_at: [{step}] adds it"
+    words = " and ".join(str(at) for at in near if at is not None)
+    return f"{metric} is not logged at step {step}, but at {words}; {way}"

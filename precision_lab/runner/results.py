@@ -14,12 +14,12 @@ from precision_lab.runner.claim import Diverged, Term, Verdict
 from precision_lab.runner.claims import Claim
 from precision_lab.runner.clock import read_clock
 from precision_lab.runner.config import ExperimentConfig
-from precision_lab.runner.identity import run_id, semantic
+from precision_lab.runner.identity import run_id
 from precision_lab.runner.metrics import Series, encode_number
+from precision_lab.runner.pairing import unpaired
 from precision_lab.runner.rows import Cell, Row, row_json
 from precision_lab.runner.rundir import RunDir, run_dir
 from precision_lab.runner.stats import Mean, mean_interval
-from precision_lab.runner.summary import flat
 from precision_lab.runner.tree import suggestion
 from precision_lab.training import AnyRun
 
@@ -124,9 +124,9 @@ class Results:
 
     def _verdict(self, claim: Claim) -> Verdict:
         """Returns the verdict on one claim; says so if its arms share no initialisation or no batches."""
-        seeds = self.experiment.seeds
-        verdict = claim.judge(self._value, seeds)
-        differing = self._unpaired(claim.arms_named()) if claim.pairs and verdict.numbers else []
+        verdict = claim.judge(self._value, self.experiment.seeds)
+        first = [next(iter(self.experiment.runs[arm].values())) for arm in claim.arms_named()]
+        differing = unpaired(first) if claim.pairs and verdict.numbers else []
         if not differing:
             return verdict
         words = f"not paired: {', '.join(differing)} {'differs' if len(differing) == 1 else 'differ'}"
@@ -135,12 +135,6 @@ class Results:
     def _value(self, term: Term, seed: int) -> float | str:
         """Returns the number that a term of a claim names, or in words why there is none."""
         return self.trial(term.arm, seed).value(term.metric, term.reduce or "last", term.at)
-
-    def _unpaired(self, arms: Sequence[str]) -> list[str]:
-        """Returns the dotted keys of model and data in which arms differ."""
-        runs = [next(iter(self.experiment.runs[arm].values())) for arm in arms]
-        parts = [flat(semantic({key: getattr(run, key, None) for key in ("model", "data")})) for run in runs]
-        return sorted(key for key in set().union(*parts) if any(part.get(key) != parts[0].get(key) for part in parts))
 
     @cached_property
     def rows(self) -> list[Row]:

@@ -24,6 +24,7 @@ from precision_lab.training.numbers import hyper
 from precision_lab.training.once import once
 from precision_lab.training.placement import Placement, check_placement
 from precision_lab.training.program import Program, check_program, program_for
+from precision_lab.training.rows import evaluates_at, is_due, logs_at
 from precision_lab.training.state import NEVER, TrainState, all_finite
 
 _EVAL_BATCH = 512
@@ -169,7 +170,7 @@ class _Run:
         audit: Mapping[str, float] | None,
     ) -> RunResult:
         """Returns the result after training `state` to the end; a run from its beginning has an audit, empty or not."""
-        start, steps = int(state.step), self._config.train.steps
+        start, train, steps = int(state.step), self._config.train, self._config.train.steps
         self._sink.restart(start if audit is None else -1)
         if audit:
             self._write(0, "start", audit)
@@ -180,13 +181,13 @@ class _Run:
         while done < steps and not self._stops():
             state, measured = self._program.step(state, batches[done], numbers)
             done += 1
-            if self._due(done, self._config.train.log_every):
+            if logs_at(train, done):
                 self._log(done, measured)
             last = done == steps or self._stops()
-            if last or done in self._config.train.eval_at or self._due(done, self._config.train.eval_every):
+            if last or evaluates_at(train, done):
                 self._evaluate(done, alone(state))
                 last = last or self._stops()
-            if last or self._due(done, self._config.train.checkpoint_every):
+            if last or is_due(train, done, train.checkpoint_every):
                 self._save(done, alone(state))
             on_step(done, self._metrics.get("train/loss", math.nan))
             if not last and should_stop():
@@ -198,10 +199,6 @@ class _Run:
         """Saves the state, and whether a person could start from it again."""
         finite = not self._stops() and all_finite((state.params, state.model_state)).item()
         self._checkpoints.save(done, state, self._metrics, self._bad_step, finite=finite)
-
-    def _due(self, done: int, every: int | None) -> bool:
-        """Returns whether something that happens every so many steps, and after the last, happens now."""
-        return done == self._config.train.steps or (every is not None and done % every == 0)
 
     def _stops(self) -> bool:
         """Returns whether the run has diverged and is to stop for it."""

@@ -14,6 +14,7 @@ from precision_lab.nn.storage import bytes_under
 from precision_lab.policy import Policy
 from precision_lab.training import AnyRun, ProbeRun, checkpointing
 from precision_lab.training.program import program_for
+from precision_lab.training.rows import evaluates_at
 
 _ROW_BYTES = 200
 """Of one row of metrics, about."""
@@ -37,8 +38,7 @@ def disk_bytes(config: AnyRun) -> int:
         return _ROW_BYTES
     train = config.train
     saves = min(train.steps, 1 + ((train.steps - 1) // train.checkpoint_every if train.checkpoint_every else 0))
-    looks = {0, train.steps, *train.eval_at, *range(0, train.steps, train.eval_every or max(train.steps, 1))}
-    evaluations = len(looks) * (2 + len(config.evals))
+    evaluations = sum(evaluates_at(train, step) for step in range(train.steps + 1)) * (2 + len(config.evals))
     rows = evaluations + train.steps // train.log_every
     return min(saves, checkpointing._KEPT) * state_bytes(config) + _ROW_BYTES * rows
 

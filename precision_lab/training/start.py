@@ -73,8 +73,14 @@ def _canonical(policies: Any) -> Any:
         return {}
     if not isinstance(policies, dict):
         raise ValueError(f"expected names with a policy each, such as int4: 'weight=int4@channel', got {policies!r}")
-    if "train" in policies:
-        raise ValueError("no policy may be called 'train': its eval_train/ is the training split under the run's own")
+    by_name: dict[str, str] = {}
+    for name in map(str, policies):
+        if name.lower() == "train":
+            raise ValueError(
+                "no policy may be called 'train': its eval_train/ is the training split under the run's own"
+            )
+        if (other := by_name.setdefault(name.lower(), name)) != name:
+            raise ValueError(f"{other!r} and {name!r} would share a column of the store, which tells no capitals apart")
     return {str(name): canonical_policy(policy) for name, policy in policies.items()}
 
 

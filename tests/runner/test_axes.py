@@ -104,6 +104,59 @@ def test_an_axis_may_leave_some_arms_alone():
     assert [(claim.a, claim.b) for claim in found.claims] == [(f"float16,lr={lr}", "float32") for lr in (0.1, 0.2)]
 
 
+def load(sweep, **changes):
+    return runner.load({**PLAIN, "seeds": [0], "sweep": sweep, **changes})
+
+
+CHAIN = {"arms": {"a": {}, "b": {"start": {"arm": "a"}}, "c": {"start": {"arm": "b"}, "policy": "bfloat16_mixed"}}}
+
+
+def starts(experiment):
+    return {arm: seeds[0].start and seeds[0].start.arm for arm, seeds in experiment.runs.items()}
+
+
+def test_an_arm_that_starts_from_another_starts_from_it_at_its_own_combination():
+    swept = load({"optim.lr": [0.1, 0.2], "batch": {"axis": {"data.batch": [8, 16]}, "arms": ["b", "c"]}}, **CHAIN)
+
+    assert starts(swept) == {
+        **{f"a,lr={lr}": None for lr in (0.1, 0.2)},
+        **{f"b,lr={lr},batch={batch}": f"a,lr={lr}" for lr in (0.1, 0.2) for batch in (8, 16)},
+        **{f"c,lr={lr},batch={batch}": f"b,lr={lr},batch={batch}" for lr in (0.1, 0.2) for batch in (8, 16)},
+    }
+    for seeds in swept.runs.values():
+        assert seeds[0].start is None or seeds[0].start.run.optim.lr == seeds[0].optim.lr
+    again = load({"train.steps": [5, 10]}, **{key: swept.to_dict()[key] for key in ("arms",)})
+    assert starts(again)["b,lr=0.1,batch=8,steps=5"] == "a,lr=0.1,steps=5"
+
+
+def test_a_start_that_all_arms_share_follows_the_sweep_too():
+    swept = load({"optim.lr": [0.1, 0.2]}, start={"arm": "a"}, arms={"a": {"start": None}, "b": {}})
+
+    assert starts(swept) == {"a,lr=0.1": None, "a,lr=0.2": None, "b,lr=0.1": "a,lr=0.1", "b,lr=0.2": "a,lr=0.2"}
+
+
+def test_where_the_sweep_made_several_arms_to_start_from_one_is_named():
+    axis = {"lr": {"axis": {"optim.lr": [0.1, 0.2]}, "arms": ["a"]}}
+    named = {"a": {}, "b": {"start": {"arm": "a,lr=0.2"}}}
+
+    assert starts(load(axis, arms=named))["b"] == "a,lr=0.2"
+    with pytest.raises(
+        ValueError, match=r"arms.b.start.arm: the sweep made several of arm 'a', .*: a,lr=0.1, a,lr=0.2"
+    ):
+        load(axis, arms={"a": {}, "b": {"start": {"arm": "a"}}})
+
+
+def test_an_axis_over_what_an_arm_cannot_have_is_refused():
+    dot = {"probe": {"kind": "dot_product", "length": 8}}
+
+    with pytest.raises(ValueError, match=r"^sweep.optim.lr: arm 'p' is a probe, which has no optim; 'arms' under"):
+        load({"optim.lr": [0.1, 0.2]}, arms={"a": {}, "p": dot})
+    with pytest.raises(ValueError, match=r"^sweep.probe.length: arm 'a' is a training, which has no probe; 'arms'"):
+        load({"probe.length": [8, 16]}, arms={"a": {}, "p": dot})
+    probes = load({"probe": [{"kind": "dot_product", "length": 8}, {"kind": "dot_product", "length": 16}]})
+    assert {seeds[0].probe.length for seeds in probes.runs.values()} == {8, 16}
+
+
 def test_python_command_line_and_file_make_the_same_runs(config):
     swept = runner.load({**EXPERIMENT, "sweep": {"optim.lr": [0.1, 0.2], "data.batch": [8, 16]}})
     python = runner.load(EXPERIMENT).axis("optim.lr", [0.1, 0.2]).axis("data.batch", [8, 16])

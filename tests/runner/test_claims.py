@@ -3,6 +3,7 @@ import math
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from precision_lab import runner
 from precision_lab.runner.claim import Diverged
 from precision_lab.runner.claims import Claim
 
@@ -270,3 +271,56 @@ def test_a_law_that_does_not_fit_is_not_reproduced_and_one_without_logarithm_is_
 
 def test_a_law_of_numbers_that_are_all_the_same_is_undecided():
     assert judged(LAW, lambda term, seed: 2.0 if "_" in term.metric else 1.0).verdict == "inconclusive"
+
+
+SPARSE = {
+    "name": "sparse",
+    "model": {"kind": "mlp", "hidden": [4]},
+    "data": {"kind": "digits", "batch": 8},
+    "optim": {"kind": "sgd", "lr": 0.1},
+    "train": {"steps": 100, "eval_every": 40, "log_every": 25},
+    "arms": {"a": {}, "b": {"policy": "float16_mixed"}, "p": {"probe": {"kind": "dot_product", "length": 8}}},
+}
+AT = {"kind": "above", "value": 0}
+
+
+@pytest.mark.parametrize(
+    ("claim", "words"),
+    [
+        (
+            {"kind": "trend", "a": "a", "metric": "eval/loss", "at": [0, 50, 100], "value": 0.9},
+            "claims[0].at: eval/loss is not logged at step 50, but at 40 and 80; train.eval_at: [50] adds it (",
+        ),
+        (
+            {**AT, "a": {"arm": "b", "metric": "train/loss", "at": 0}},
+            "claims[0].a.at: train/loss is not logged at step 0, but at 25; train.log_every sets them (arm 'b').",
+        ),
+        (
+            {**AT, "a": {"arm": "b", "metric": "train/loss", "at": 101}},
+            "claims[0].a.at: train/loss has no step 101: the run ends at 100; --set claims=[] leaves claims out (arm",
+        ),
+        (
+            {**AT, "a": {"arm": "p", "metric": "probe/error", "at": 0}},
+            "claims[0].a.at: probe/error is logged once, at step 1, not at 0 (arm 'p').",
+        ),
+        (
+            {
+                "kind": "log_fit", "metric": "eval/loss", "powers": ["step"], "r2": 0.5,
+                "points": [{"arm": "a", "steps": [40, 80]}, {"arm": "b", "steps": [100]}, {"arm": "b", "steps": [41]}],
+            },
+            "claims[0].points[2].steps: eval/loss is not logged at step 41, but at 40 and 80;",
+        ),
+    ],
+)  # fmt: skip
+def test_a_claim_about_a_step_that_no_run_logs_is_refused_where_it_was_written(claim, words):
+    with pytest.raises(ValueError) as caught:
+        runner.load({**SPARSE, "claims": [claim]})
+
+    assert str(caught.value).startswith(words)
+
+
+def test_a_claim_about_the_steps_that_runs_do_log_is_taken():
+    steps = {"eval/loss": (0, 40, 80, 100), "eval_train/accuracy": (0, 40, 80, 100), "train/loss": (25, 50, 75, 100)}
+    claims = [{**AT, "a": {"arm": "a", "metric": metric, "at": at}} for metric in steps for at in steps[metric]]
+
+    assert len(runner.load({**SPARSE, "claims": claims}).claims) == 12

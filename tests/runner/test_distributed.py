@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -23,13 +24,14 @@ EXPERIMENT = {
 
 
 def start(folder, out, devices, *words, **environment):
-    """Starts the command in a process with so many devices."""
+    """Starts the command in a process with so many devices; what it compiled is kept in `out`-compiled."""
+    kept = f"--xla_dump_to={folder / out}-compiled{environment.get('JAX_PROCESS_ID', '')} --xla_dump_hlo_as_text"
     return subprocess.Popen(
         [sys.executable, "-m", "precision_lab.cli", "run", "config.yaml", "--out", out, *words],
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={
             **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", **environment,
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {kept}", **environment,
         },
     )  # fmt: skip
 
@@ -40,6 +42,12 @@ def losses(folder, arm):
     (name,) = [one["run_id"] for one in json.loads(trials.read_text())["trials"] if one["arm"] == arm]
     rows = [json.loads(line) for line in (folder / "trials" / name / "metrics.jsonl").read_text().splitlines()]
     return np.float32([row["loss"] for row in rows if row["split"] == "train"]), rows
+
+
+def collective_programs(compiled):
+    """Returns every program, after all optimizations, in which devices tell one another something."""
+    texts = [path.read_text() for path in compiled.glob("*.cpu_after_optimizations.txt")]
+    return sorted(text for text in texts if re.search(r" = \S+ (all-|reduce-|collective-)\w+[-\w]*\(", text))
 
 
 def alone_and_together(folder, devices, *words):
@@ -63,7 +71,10 @@ def alone_and_together(folder, devices, *words):
 
 @pytest.mark.slow
 def test_two_processes_of_four_devices_equal_one_of_eight(tmp_path):
-    """Sums over eight devices come in another order over the network: 2 ulp a step."""
+    """What they compute is the same to the letter, so that only the order of sums over devices is left: 2 ulp a step.
+
+    In one process XLA adds in the order of the devices; over the network gloo adds in another one.
+    """
     one, two = alone_and_together(tmp_path, 4)
 
     for arm in EXPERIMENT["arms"]:
@@ -71,6 +82,10 @@ def test_two_processes_of_four_devices_equal_one_of_eight(tmp_path):
         found, rows_found = losses(two, arm)
         assert [(row["step"], row["split"]) for row in rows_found] == [(row["step"], row["split"]) for row in rows]
         assert (abs(found - expected) <= 2 * np.spacing(expected) * np.arange(1, 11)).all()
+    alone, first = (collective_programs(tmp_path / name) for name in ("one-compiled", "two-compiled0"))
+    assert len(alone) >= 4, "a step and an evaluation of each arm"
+    assert set(alone) <= set(first)
+    assert not any("HloModule jit__lambda" in text for text in set(first) - set(alone)), "only announcements"
     (env,) = {path.read_text() for path in two.glob("trials/*/env.json")}
     assert (json.loads(env)["devices"], json.loads(env)["processes"]) == (8, 2)
     assert not list(two.glob("trials/*/logs/*"))

@@ -118,6 +118,14 @@ def test_bits_and_frontier_follow_from_storage_and_logs(training):
     assert "On the frontier, where no arm is both smaller and better: bfloat16, float32." in html_of(results)
 
 
+def test_arms_that_the_picture_of_bits_leaves_out_are_named_under_it(training):
+    training.diverging = {"float16"}
+
+    page = html_of(run())
+
+    assert page.count("Left out, since bits or a finite number are missing: float16.") == 2
+
+
 def test_true_bits_count_scales(undrawn):
     """The toy's network: kernels 64 x 4 and 4 x 10 with a scale per column, 14 biases, all in float32 but the codes."""
     arms = {"float32": {}, "int4": {"policy": "weight=int4@channel"}}

@@ -15,7 +15,9 @@ from scipy import stats as oracle
 
 from precision_lab import runner
 from precision_lab.runner import html, latex, markdown
+from precision_lab.runner.drawing import Picture, figure_of
 from precision_lab.runner.metrics import Series
+from precision_lab.runner.pairing import unpaired
 from precision_lab.runner.plots import band
 from precision_lab.runner.summary import shared, varied
 from tests.runner.fakes import EXPERIMENT, FakeTraining, install
@@ -304,6 +306,40 @@ def test_a_verdict_on_arms_that_share_no_batches_or_initialisation_says_so(train
     assert because.partition(" at the least")[2] == words
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        ({}, {"policy": "bfloat16_mixed"}, ""),
+        ({}, {"data": {"batch": 16}}, "; not paired: start.data.batch differs"),
+        ({"model": {"hidden": [5]}}, {"model": {"hidden": [5]}}, ""),
+    ],
+)
+def test_a_verdict_on_arms_that_begin_from_others_is_paired_by_the_seeds_of_those(training, first, second, words):
+    model = {"model": first["model"]} if "model" in first else {}
+    arms = {
+        "first": first,
+        "second": second,
+        "float32": {**model, "start": {"arm": "first"}},
+        "float16": {**model, "start": {"arm": "second"}, "policy": "float16_mixed"},
+    }
+
+    results = runner.run({**EXPERIMENT, "arms": arms, "baseline": "float32"}, say=lambda line: None)
+
+    assert results.verdicts[0].because.partition(" at the least")[2] == words
+
+
+def test_a_run_is_paired_with_the_beginning_of_another_if_both_were_initialised_alike():
+    arms = {"one": {}, "two": {"start": {"arm": "one"}}, "three": {"start": {"arm": "two"}}}
+    other = {"other": {"data": {"batch": 16}}, "moved": {"start": {"arm": "other"}}}
+    found = runner.load({**EXPERIMENT, "arms": arms | other, "baseline": "one", "claims": []}).runs
+    runs = {arm: seeds[0] for arm, seeds in found.items()}
+
+    assert unpaired([runs["one"], runs["two"], runs["three"]]) == []
+    assert unpaired([runs["one"], runs["moved"]]) == ["start.data.batch"]
+    assert unpaired([runs["other"], runs["moved"]]) == ["data.batch"]
+    assert unpaired([runs["three"], runs["moved"]]) == ["start.data.batch", "start.start.data.batch"]
+
+
 @pytest.fixture
 def mixed(training):
     """Two trainings and a probe, all finished, with numbers that are made up."""
@@ -355,3 +391,14 @@ def test_exponents_are_mathematics_in_latex(mixed):
 
     assert r"$1.0000002 \pm 2.5 \times 10^{-7}$" in text
     assert not re.search(r"\de[-+]\d", text)
+
+
+def test_a_picture_is_refused_a_format_that_it_cannot_be_saved_in(tmp_path):
+    with figure_of(1, 1, 2.0, "line") as (figure, [panel]):
+        panel.plot([1, 2])
+        picture = Picture(figure, "a line")
+
+    for name in ("line.docx", "line"):
+        with pytest.raises(ValueError, match=r"saved as one of .*\.pdf, .*\.png, .*\.svg"):
+            picture.save(tmp_path / name)
+    assert picture.save(tmp_path / "line.PNG").read_bytes().startswith(b"\x89PNG")

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from precision_lab import runner
-from precision_lab.runner import execute, executors
-from precision_lab.runner.executors import process
+from precision_lab.runner import execute
 from precision_lab.runner.identity import run_id
+from precision_lab.runner.order import Order
 from precision_lab.runner.rundir import BusyError, RunDir
 from precision_lab.runner.summary import varied
 from tests.runner.fakes import EXPERIMENT
@@ -169,33 +169,72 @@ def test_tables_leave_cells_empty_where_an_arm_logs_no_such_metric(training):
     assert (a.text, b.text) == ("", "✗")  # the stand-in for training logs no such metric for b either
 
 
-def test_the_pool_of_processes_starts_no_run_before_the_one_it_begins_from_has_ended(tmp_path):
-    experiment = runner.load(CHAIN)
-    planned = execute.plan(experiment, tmp_path)
-    pool = process._Pool(executors.Context({}, None, print, None, jobs=2))
-    child = process.Child(planned[0], None)
-
-    pool._children = [child]
-    beside = pool._next(planned[1:], [])
-    pool._children = []
-    after = pool._next(planned[1:], [])
-
-    assert [one.label for one in planned[:2]] == ["first, seed 0", "middle, seed 0"]
-    assert beside.label == "first, seed 1"
-    assert after.label == "middle, seed 0"
-    assert pool._next(planned[2:3], []) is not None  # what it begins from is not ours to run: the run itself will tell
-    pool._children = [child]
-    assert pool._next([], [planned[1]]) is None  # another command has left it, but its beginning is still going on
-    assert pool._next([], [planned[3]]) is planned[3]
+@pytest.fixture
+def chains(tmp_path):
+    """First, middle and last of two seeds, as they are planned."""
+    return execute.plan(runner.load(CHAIN), tmp_path)
 
 
-def test_the_pool_of_processes_waits_for_a_run_of_another_command_before_what_begins_from_it(tmp_path):
-    first, middle, *_ = execute.plan(runner.load({**CHAIN, "seeds": [0]}), tmp_path)
-    pool = process._Pool(executors.Context({}, None, print, None, jobs=2))
+def taken(order):
+    """Returns what may go now, in turn."""
+    return [one[0].label for one in iter(order.take, None)]
 
-    assert pool._next([middle], [first]) is first
-    pool._children = [process.Child(first, None)]
-    assert pool._next([middle], []) is None
+
+def test_no_run_is_handed_out_before_the_one_it_begins_from_has_ended(chains):
+    order = Order(chains)
+
+    assert taken(order) == ["first, seed 0", "first, seed 1"]
+    order.ended(chains[3])
+    assert taken(order) == ["middle, seed 1"]
+    order.ended(chains[0])
+    assert taken(order) == ["middle, seed 0"]
+    for one in (chains[1], chains[4]):
+        order.ended(one)
+    assert taken(order) == ["last, seed 0", "last, seed 1"]
+    assert order
+    for one in (chains[2], chains[5]):
+        order.ended(one)
+    assert not order
+
+
+def test_what_a_run_begins_from_need_not_be_ours_to_run(chains):
+    """The run itself tells what is wrong with its beginning."""
+    assert taken(Order(chains[1:2])) == ["middle, seed 0"]
+
+
+def test_a_run_of_another_command_comes_last_and_what_begins_from_it_after_it(chains):
+    order = Order(chains)
+    first, wait = order.take()
+    order.held(first)
+
+    assert (first, wait) == (chains[0], False)
+    assert order.take() == (chains[3], False)
+    assert order.take() is None, "to wait would take the place of what can go on"
+    order.ended(chains[3])
+    assert order.take() == (chains[4], False)
+    order.ended(chains[4])
+    assert order.take() == (chains[5], False)
+    order.ended(chains[5])
+    assert order.take() == (chains[0], True)
+    order.ended(chains[0])
+    assert order.take() == (chains[1], False)
+    order.held(chains[1])
+    assert order.take() == (chains[1], True), "what begins from it waits with it"
+
+
+def test_of_runs_that_may_all_go_the_last_one_is_waited_for_at_once(chains):
+    order = Order([chains[0], chains[3]])
+
+    assert [order.take() for _ in range(2)] == [(chains[0], False), (chains[3], True)]
+
+
+def test_waves_are_as_few_as_the_longest_chain_asks_for(chains):
+    """A run whose beginning is finished already goes in the first one."""
+    order = Order([chains[0], chains[1], *chains[4:]])
+    waves = [[one.label for one in wave] for wave in order.waves()]
+
+    assert waves == [["first, seed 0", "middle, seed 1"], ["middle, seed 0", "last, seed 1"]]
+    assert not order
 
 
 def test_what_begins_from_a_run_whose_process_has_died_is_not_tried_before_that_is_taken_up(training, monkeypatch):

@@ -37,6 +37,8 @@ def errors(**changes):
         ({"train": {"steps": True}}, ("train", "steps"), "valid integer"),
         ({"train": {"steps": 1, "on_nonfinite": "skp"}}, ("train", "on_nonfinite"), "'stop', 'skip' or 'continue'"),
         ({"evals": {"train": "float32"}}, ("evals",), "no policy may be called 'train'"),
+        ({"evals": {"Train": "float32"}}, ("evals",), "no policy may be called 'train'"),
+        ({"evals": {"b": "float32", "B": "float16"}}, ("evals",), "'b' and 'B' would share a column of the store"),
         ({"policy": None}, ("policy",), "expected a policy such as float32"),
         ({"policy": True}, ("policy",), "expected a policy such as float32"),
         ({"policy": "params=flaot32"}, ("policy",), "float32"),

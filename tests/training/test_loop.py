@@ -10,6 +10,7 @@ from precision_lab.data import DATASETS, DataConfig, Dataset, TextSplit
 from precision_lab.models import DataSpec
 from precision_lab.training import loop, train
 from precision_lab.training.program import program_for
+from precision_lab.training.rows import evaluates_at, logs_at
 from tests.training.runs import HALF, MemorySink, config, run
 
 
@@ -33,6 +34,23 @@ def test_rows_come_where_the_config_says():
     assert sorted(sink.of("eval")) == sorted(sink.of("eval_train")) == [0, 10, 20, 23]
     assert len({(row["step"], row["split"]) for row in sink.rows}) == len(sink.rows)
     assert (result.status, result.step) == ("done", 23)
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"steps": 7, "log_every": 3, "eval_every": 2},
+        {"steps": 6, "log_every": 3, "eval_every": None, "eval_at": [0, 4]},
+        {"steps": 0},
+    ],
+)
+def test_which_steps_have_rows_is_known_before_the_run(train):
+    result, sink = run(train={**train, "eval_examples": 10})
+    steps = range(-1, result.step + 9)
+
+    asked = config(train=train).train
+    assert [*sink.of("train")] == [step for step in steps if logs_at(asked, step)]
+    assert [*sink.of("eval")] == [step for step in steps if evaluates_at(asked, step)]
 
 
 def test_the_result_holds_the_latest_value_of_every_metric():

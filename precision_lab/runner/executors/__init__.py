@@ -51,8 +51,8 @@ class Executor(Protocol):
     """What a module of this package is: a function that executes runs.
 
     Attributes:
-      IN_WAVES: whether it must be given lists in which no run begins from another of the same list; otherwise a run
-        comes after the one that it begins from.
+      IN_WAVES: whether it must be given lists in which no run begins from another of the same list; otherwise it gets
+        all runs at once, and takes them in the order of `runner.order`.
     """
 
     IN_WAVES: bool

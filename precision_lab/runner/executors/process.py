@@ -19,7 +19,7 @@ from precision_lab.runner.disk import DiskFullError
 from precision_lab.runner.environment import cores
 from precision_lab.runner.executors import Context
 from precision_lab.runner.executors.remote import ending, environment, mark_crashed, modules_to_import
-from precision_lab.runner.parents import parent_of
+from precision_lab.runner.order import Order
 from precision_lab.runner.rundir import RunDir
 from precision_lab.runner.trial import Planned
 
@@ -63,16 +63,14 @@ class _Pool:
 
     def go(self, pending: Sequence[Planned]) -> None:
         """Executes all runs."""
-        waiting, busy = list(pending), []
+        order = Order(pending)
         try:
-            while waiting or busy or self._children:
-                while len(self._children) < self._jobs and not self._ends() and (one := self._next(waiting, busy)):
-                    held = one in busy
-                    (busy if held else waiting).remove(one)
-                    self._children.append(self._start(one, wait=held or not waiting))
+            while order:
+                while len(self._children) < self._jobs and not self._ends() and (found := order.take()):
+                    self._children.append(self._start(found[0], wait=found[1]))
                 if self._ends() and not self._children:
                     break
-                busy += self._listen()
+                self._listen(order)
         finally:
             for child in self._children:  # Only if something was raised here.
                 child.process.kill()
@@ -80,17 +78,6 @@ class _Pool:
         self._context.stop.end_run()
         if self._full:
             raise DiskFullError(self._full)
-
-    def _next(self, waiting: Sequence[Planned], busy: Sequence[Planned]) -> Planned | None:
-        """Returns the next run to start: none before the run that it begins from has ended; busy ones come last."""
-        going = {one.run.id for one in (*waiting, *busy, *(child.one for child in self._children))}
-
-        def free(runs: Sequence[Planned]) -> Planned | None:
-            parents = ((one, parent_of(one.run, one.config)) for one in runs)
-            return next((one for one, above in parents if above is None or above.id not in going), None)
-
-        # To wait for another command takes the place of a run, so nothing of ours may be left that could go on.
-        return free(waiting) or (free(busy) if not (waiting and self._children) else None)
 
     def _ends(self) -> bool:
         """Returns whether no more runs are to be started; asks those that go on to save and stop."""
@@ -129,20 +116,21 @@ class _Pool:
         child.process.wait()
         self._inbox.put((child, None))
 
-    def _listen(self) -> list[Planned]:
-        """Handles the next message, if one comes soon; returns the run if another command turned out to hold it."""
+    def _listen(self, order: Order) -> None:
+        """Handles the next message, if one comes soon."""
         try:
             child, message = self._inbox.get(timeout=_POLL_S)
         except queue.Empty:
-            return []
+            return
         if message is not None:
             self._handle(child, message)
-            return []
+            return
         self._children.remove(child)
         if child.busy:
-            return [child.one]
-        self._end(child)
-        return []
+            order.held(child.one)
+        else:
+            self._end(child)
+            order.ended(child.one)
 
     def _handle(self, child: Child, message: dict[str, Any]) -> None:
         """Does what a message asks for."""

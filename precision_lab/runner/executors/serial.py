@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from precision_lab.runner.executors import Context
-from precision_lab.runner.parents import parent_of
+from precision_lab.runner.order import Order
 from precision_lab.runner.rundir import BusyError
 from precision_lab.runner.trial import Planned, execute_trial
 
@@ -12,20 +12,17 @@ IN_WAVES = False
 
 def execute(pending: Sequence[Planned], context: Context) -> None:
     """Executes runs in turn; those that another process holds are waited for at the end, with what begins from them."""
-    busy: list[Planned] = []
-    for one in pending:
-        above = parent_of(one.run, one.config)
-        if above is not None and above.id in [held.run.id for held in busy]:
-            busy.append(one)  # Should the other process die meanwhile, the run above is to be taken up first.
-            continue
-        try:
-            _execute(one, context, wait=False)
-        except BusyError:
-            busy.append(one)
-    for one in busy:
-        if one.run.is_busy():
+    order = Order(pending)
+    while (found := order.take()) is not None:
+        one, wait = found
+        if wait and one.run.is_busy():
             context.say(f"waiting for {one.label} ({one.run.id}), which another process is running.")
-        _execute(one, context, wait=True)
+        try:
+            _execute(one, context, wait=wait)
+        except BusyError:
+            order.held(one)
+        else:
+            order.ended(one)
 
 
 def _execute(one: Planned, context: Context, *, wait: bool) -> None:
