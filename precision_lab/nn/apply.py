@@ -11,6 +11,7 @@ from flax import linen, nnx
 from precision_lab.nn.linen_policy import linen_sites, linen_under_policy
 from precision_lab.nn.nnx_policy import nnx_sites, nnx_under_policy, set_numbers
 from precision_lab.nn.numbers import require_keys
+from precision_lab.nn.own import own_policy
 from precision_lab.nn.pure import require_function
 from precision_lab.policy import Policy
 from precision_lab.quant import QuantizerParams
@@ -76,7 +77,7 @@ def _with_numbers(target: Any, policy: Policy, numbers: Mapping[str, QuantizerPa
     return apply_to_function(target, policy, numbers)
 
 
-def sites(target: Any, *args: Any, policy: Any = "float32", **kwargs: Any) -> SiteTable:
+def sites(target: Any, *args: Any, policy: Any = None, **kwargs: Any) -> SiteTable:
     """Returns the sites of `target` under `policy`: what each product is called and what the policy makes of it.
 
     Nothing is executed; arrays may be `jax.ShapeDtypeStruct`s.
@@ -85,7 +86,7 @@ def sites(target: Any, *args: Any, policy: Any = "float32", **kwargs: Any) -> Si
       target: NNX model, Linen model or function, as in `apply_policy`.
       args, kwargs: what it is called with; for a Linen model the arguments of `apply`, variables first; for a
         function its params first.
-      policy: a Policy or what parses to one.
+      policy: a Policy or what parses to one; by default that of a model which is under one, else "float32".
 
     Raises:
       TypeError: `target` is none of these, or the params of a function are missing.
@@ -94,7 +95,7 @@ def sites(target: Any, *args: Any, policy: Any = "float32", **kwargs: Any) -> Si
     return _sites(target, policy, args, kwargs, everything=False)
 
 
-def explain(target: Any, *args: Any, policy: Any = "float32", **kwargs: Any) -> SiteTable:
+def explain(target: Any, *args: Any, policy: Any = None, **kwargs: Any) -> SiteTable:
     """Returns what `policy` makes of every operation on floating arrays in `target`, products or not.
 
     A dry run: nothing is executed. `op` in the settings is the category of the op table; an operation that is not in
@@ -105,7 +106,9 @@ def explain(target: Any, *args: Any, policy: Any = "float32", **kwargs: Any) -> 
 
 def _sites(target: Any, policy: Any, args: Any, kwargs: Any, *, everything: bool) -> SiteTable:
     """Returns the sites of a model or function."""
-    policy = Policy.parse(policy)
+    is_model = isinstance(target, nnx.Module | linen.Module)
+    own = own_policy(target) if is_model and policy is None else policy
+    policy = Policy.parse("float32" if own is None else own)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the table says itself what was not reached
         if isinstance(target, nnx.Module):

@@ -28,7 +28,7 @@ from precision_lab.policy import Policy
 from precision_lab.policy.deriving import for_inference
 from precision_lab.ptq import round_to_nearest
 from precision_lab.quant import QTensor, quantize
-from precision_lab.rewrite import Use, Uses, call, is_qtensor
+from precision_lab.rewrite import UNDER, Use, Uses, call, is_qtensor
 
 Method = Callable[[jax.Array, Any, tuple[int, ...]], tuple[QTensor, Any]]
 
@@ -227,6 +227,7 @@ def _assembled(target: Any, policy: Policy, calibrated: Calibrated, stored: dict
         return policy.cast_to_output(call(target, policy, params, args, kwargs, given=given))
 
     setattr(converted, CONVERTED, True)
+    setattr(converted, UNDER, policy)
     return converted, replaced(calibrated.params, stored)
 
 

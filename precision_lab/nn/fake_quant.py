@@ -25,7 +25,12 @@ Axis = int | tuple[int, ...] | None
 
 
 class QuantParam(nnx.Param):
-    """A learned number of a quantizer; `nnx.state(model, nn.QuantParam)` picks them, for a learning rate of its own."""
+    """A learned number of a quantizer; `nnx.state(model, nn.QuantParam)` picks them, for a learning rate of its own.
+
+    It stays float32, whatever a policy stores other parameters as.
+    """
+
+    keeps_dtype = True
 
 
 class QuantStat(nnx.Variable):

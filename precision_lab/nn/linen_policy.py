@@ -55,6 +55,16 @@ def linen_call(
     return fn, params, [rest, args, kwargs], _plain_class(type(module)).__name__
 
 
+def linen_call_as_it_is(module: linen.Module, variables: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, list[Any]]:
+    """Returns `module.apply` under the policy of the module as a function, its params, and its other arguments."""
+    params, rest = _split(variables)
+
+    def fn(params: Any, rest: Any, args: Any, kwargs: Any) -> Any:
+        return module.apply(_join(params, rest), *args, **kwargs)
+
+    return fn, params, [rest, args, kwargs]
+
+
 @functools.cache
 def _class_under_policy(plain: Any, policy: Policy, qat: QAT | None) -> type:
     """Returns the subclass of `plain` that follows `policy`; its own code always runs as `plain`."""

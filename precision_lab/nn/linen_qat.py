@@ -7,12 +7,10 @@ from typing import Any
 
 from flax.core.scope import in_filter
 
+from precision_lab.nn.learned import STATS, learned_of, stored
 from precision_lab.nn.qat import QAT, State
 from precision_lab.nn.quantizer_states import STATES
 from precision_lab.policy import Policy
-
-STATS = "quant_stats"
-_LEARNED = ("scale", "offset", "alpha")
 
 
 def started(
@@ -71,19 +69,5 @@ def taken(params: Any, rest: dict[str, Any]) -> tuple[State, Any, dict[str, Any]
 
 
 def stored_params(policy: Policy, params: Any, rest: Mapping[str, Any]) -> Any:
-    """Returns params as a policy stores them, but for what quantizers have learned, which stays float32.
-
-    A learned number of a `LinenFakeQuant` stands where its count of steps is in the collection "quant_stats".
-    """
-    return _with_learned(policy.cast_to_param(params), params, rest.get(STATS, {}))
-
-
-def _with_learned(cast: Any, params: Any, stats: Any) -> Any:
-    """Returns cast params with the learned numbers of those before."""
-    if not stats or not isinstance(stats, Mapping) or not isinstance(params, Mapping):
-        return cast
-    learned = set(_LEARNED) & set(params) if "steps" in stats else set()
-    return {
-        name: params[name] if name in learned else _with_learned(leaf, params[name], stats.get(name))
-        for name, leaf in cast.items()
-    }
+    """Returns params as a policy stores them, but for what quantizers have learned; `rest` are other collections."""
+    return stored(policy, params, learned_of(None, {"params": params, **rest}))

@@ -17,7 +17,6 @@ import jax
 from flax import nnx
 
 from precision_lab.nn.carried import LORA, LORA_FACTOR, NUMBERS, SCALES, adapters_of, given_scales
-from precision_lab.nn.fake_quant import QuantParam
 from precision_lab.nn.qat import QAT
 from precision_lab.nn.quantizer_states import STATES, QuantizerStates
 from precision_lab.policy import Policy
@@ -30,7 +29,7 @@ def nnx_under_policy(model: nnx.Module, policy: Policy) -> Any:
     _refuse_policies_inside(copy)
     if hasattr(copy, STATES):
         delattr(copy, STATES)
-    nnx.update(copy, policy.cast_to_param(nnx.state(copy, nnx.All(nnx.Param, nnx.Not(QuantParam)))))
+    nnx.update(copy, policy.cast_to_param(nnx.state(copy, nnx.Param)))
     plain = _plain_class(type(copy))
     if isinstance(copy, CONTAINERS) or not _methods(plain):
         raise TypeError(f"{plain.__name__} has no __call__; apply the policy to a function of its parameters instead.")
@@ -144,10 +143,10 @@ def nnx_sites(model: nnx.Module, policy: Policy, args: Any, kwargs: Any, *, ever
     return tables[0]
 
 
-def nnx_call(model: nnx.Module, args: Any, kwargs: Any) -> tuple[_Pure, dict[str, str]]:
-    """Returns the call of `model` without a policy, its submodules' paths open as scopes, and types by path."""
+def nnx_call(model: nnx.Module, args: Any, kwargs: Any, *, as_it_is: bool = False) -> tuple[_Pure, dict[str, str]]:
+    """Returns the call of `model`, without a policy or as it is, its submodules' paths as scopes, and types by path."""
     copy = nnx.clone(model)
-    plain = _plain_class(type(copy))
+    plain = type(copy) if as_it_is else _plain_class(type(copy))
     if "__call__" not in _methods(plain):
         raise TypeError(f"{plain.__name__} has no __call__; give a function of its parameters instead.")
     _open_scopes(copy)

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import jax
 from flax import linen, nnx
 
+from precision_lab.nn.learned import learned_of, stored
 from precision_lab.nn.linen_policy import linen_call
 from precision_lab.nn.nnx_policy import nnx_call
+from precision_lab.policy import Policy
 
 
 class PureCall(NamedTuple):
@@ -22,6 +24,7 @@ class PureCall(NamedTuple):
       root: name scope to leave out of site paths.
       types: type name of each module by path; of a Linen model filled when `fn` runs.
       is_model: whether it is a model's, whose params a policy stores in its own dtype.
+      learned: paths of the parameters that a policy leaves as they are, being learned numbers of quantizers.
       called: signature of the arguments as they were given; those of an NNX call that are no arrays are part of `fn`.
     """
 
@@ -32,7 +35,12 @@ class PureCall(NamedTuple):
     root: str
     types: dict[str, str]
     is_model: bool
+    learned: frozenset[str] = frozenset()
     called: tuple[Any, ...] = ()
+
+    def stored(self, policy: Policy, params: Any) -> Any:
+        """Returns params of this call as a policy stores them; those of a function as they are."""
+        return stored(policy, params, self.learned) if self.is_model else params
 
 
 def pure_call(target: Any, args: Any, kwargs: dict[str, Any]) -> PureCall:
@@ -48,14 +56,18 @@ def pure_call(target: Any, args: Any, kwargs: dict[str, Any]) -> PureCall:
     """
     if isinstance(target, nnx.Module):
         (fn, params, rest), types = nnx_call(target, args, kwargs)
+        called = signature((args, kwargs))
         return PureCall(
-            lambda params, rest: fn(params, rest)[0], params, [rest], {}, "", types, True, signature((args, kwargs))
+            lambda params, rest: fn(params, rest)[0], params, [rest], {}, "", types, True, learned_of(target), called
         )
     if isinstance(target, linen.Module):
         types: dict[str, str] = {}
         fn, params, rest, root = linen_call(target, *args, types=types, **kwargs)
         has_state = bool(kwargs.get("mutable") or kwargs.get("capture_intermediates"))
-        return PureCall(lambda *given: fn(*given)[0] if has_state else fn(*given), params, rest, {}, root, types, True)
+        learned = learned_of(target, args[0])
+        return PureCall(
+            lambda *given: fn(*given)[0] if has_state else fn(*given), params, rest, {}, root, types, True, learned
+        )
     require_function(target)
     if not args:
         raise TypeError("a function is observed at fn(params, ...); give its params first.")

@@ -23,7 +23,7 @@ import numpy as np
 from precision_lab.nn.qat_marks import read_starts, read_steps, wants_state
 from precision_lab.policy import Policy
 from precision_lab.quant import Quantizer, QuantizerState, known_scales, needs_state
-from precision_lab.rewrite import Held, SiteTable, call, sites_of_function, trace
+from precision_lab.rewrite import Held, SiteTable, call, sites_of_function, trace_program
 from precision_lab.rewrite.marks import OPERANDS
 
 State = dict[str, dict[str, dict[str, dict[str, Any]]]]  # "learned" or "running", site, operand, name
@@ -130,7 +130,7 @@ class QAT:
         def run(params: Any, args: Any, kwargs: Any) -> Any:
             return call(fn, self.policy, params, args, kwargs, given=given, **options)
 
-        traced = trace(run, params, (args, kwargs), {})
+        traced = trace_program(run, (params, args, kwargs), {})
         found = jax.jit(lambda arrays: read_starts(traced, arrays)[1])(traced.arrays)
         state: State = {"learned": {}, "running": {}}
         for (site, role), held in found.items():
@@ -149,7 +149,7 @@ class QAT:
 
         if not train:
             return run(params, state, args, kwargs), state
-        traced = trace(run, params, (state, args, kwargs), {})
+        traced = trace_program(run, (params, state, args, kwargs), {})
         out, running = read_steps(traced, traced.arrays, state["running"])
         return traced.rebuild(out), {**state, "running": running}
 

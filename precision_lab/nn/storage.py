@@ -12,6 +12,7 @@ import numpy as np
 from flax import linen, nnx
 
 from precision_lab.nn.conversion import named, stored_for, uses_of, ways_of
+from precision_lab.nn.learned import learned_of
 from precision_lab.policy import Policy
 from precision_lab.ptq import round_to_nearest
 from precision_lab.quant import QTensor
@@ -27,7 +28,7 @@ def bytes_under(target: Any, policy: Policy, params: Any, args: Any, kwargs: Any
     """
     own, uses = uses_of(target, policy, params, args, kwargs)
     ways, leaves = ways_of(own, uses, {}), named(own)
-    is_model = isinstance(target, nnx.Module | linen.Module)
+    is_model, learned = isinstance(target, nnx.Module | linen.Module), learned_of(target, params)
     found = {}
     for path, leaf in leaves.items():
         use = ways[path].use if path in ways else None
@@ -35,7 +36,7 @@ def bytes_under(target: Any, policy: Policy, params: Any, args: Any, kwargs: Any
             like = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
             found[path] = nbytes(jax.eval_shape(lambda w, use=use: stored_for(w, use, {}, round_to_nearest), like))
         else:
-            kept = jax.eval_shape(policy.cast_to_param, leaf) if is_model else leaf
+            kept = jax.eval_shape(policy.cast_to_param, leaf) if is_model and path not in learned else leaf
             found[path] = nbytes(kept)
     return found
 

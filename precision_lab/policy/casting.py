@@ -12,16 +12,19 @@ CASTABLE = frozenset(("float16", "bfloat16", "float32"))
 def cast_floating(tree: Tree, dtype: Any) -> Tree:
     """Returns `tree` with its float16, bfloat16 and float32 arrays cast to `dtype`.
 
-    float64 and float8 arrays stay (someone chose them), as do quantized arrays with all that is in them, integers,
-    booleans, PRNG keys, complex numbers, None and Python scalars. Casting to float64 or float8 is possible, since then
-    you chose it. The very same object is returned where nothing changes.
+    float64 and float8 arrays stay (someone chose them), as do quantized arrays with all that is in them, nodes whose
+    class has `keeps_dtype`, integers, booleans, PRNG keys, complex numbers, None and Python scalars. Casting to float64
+    or float8 is possible, since then you chose it. The very same object is returned where nothing changes.
     """
     import jax
 
     from precision_lab.quant import QTensor
 
-    leaves, treedef = jax.tree.flatten(tree, is_leaf=lambda node: isinstance(node, QTensor))
-    cast = [_cast_leaf(leaf, np.dtype(dtype)) for leaf in leaves]
+    def stays(node: Any) -> bool:
+        return isinstance(node, QTensor) or getattr(type(node), "keeps_dtype", False)
+
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=stays)
+    cast = [leaf if stays(leaf) else _cast_leaf(leaf, np.dtype(dtype)) for leaf in leaves]
     if all(new is old for new, old in zip(cast, leaves, strict=True)):
         return tree
     return jax.tree.unflatten(treedef, cast)

@@ -144,7 +144,7 @@ class _Run(NamedTuple):
             params, args, kwargs, labels = together(arrays)
             by_site = dict(zip(self.found.sites, choices, strict=True))
             out = call_with_choices(
-                pure.fn, self.policies, by_site, self._stored(pure, params), args, kwargs, **_named(pure)
+                pure.fn, self.policies, by_site, pure.stored(self.policies[0], params), args, kwargs, **_named(pure)
             )
             out = self.policies[0].cast_to_output(out)
             floating = [leaf for leaf in jax.tree.leaves(out) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
@@ -159,15 +159,11 @@ class _Run(NamedTuple):
             def fn(params: Any) -> Any:
                 return call_with_alternatives(pure.fn, self.policies, params, args, kwargs, **_named(pure))
 
-            traced = trace(fn, self._stored(pure, params), (), {})
+            traced = trace(fn, pure.stored(self.policies[0], params), (), {})
             _, powers = harvest(traced.jaxpr, traced.arrays, Collector(_wanted, _measured, jnp.add, _zero))
             return {f"{mark.site}\n{mark.role}": power for mark, power in powers.items()}
 
         return run
-
-    def _stored(self, pure: PureCall, params: Any) -> Any:
-        """Returns parameters as the reference stores them."""
-        return self.policies[0].cast_to_param(params) if pure.is_model else params
 
 
 def _named(pure: PureCall) -> dict[str, Any]:

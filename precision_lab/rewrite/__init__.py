@@ -2,12 +2,14 @@
 
 from precision_lab.rewrite.adapters import Adapter
 from precision_lab.rewrite.api import (
+    UNDER,
     Traced,
     apply_to_function,
     call,
     scaled_sites,
     sites_of_function,
     trace,
+    trace_program,
 )
 from precision_lab.rewrite.choices import Choosable, call_with_alternatives, call_with_choices, choosable
 from precision_lab.rewrite.harvest import Collector, harvest
@@ -20,6 +22,7 @@ from precision_lab.rewrite.sites import Site, SiteTable
 __all__ = [
     "OUTPUT",
     "SHADOW",
+    "UNDER",
     "Adapter",
     "Choosable",
     "Collector",
@@ -44,4 +47,5 @@ __all__ = [
     "scaled_sites",
     "sites_of_function",
     "trace",
+    "trace_program",
 ]

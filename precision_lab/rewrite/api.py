@@ -24,6 +24,8 @@ from precision_lab.rewrite.shadows import with_shadows
 from precision_lab.rewrite.sites import Site, SiteTable
 from precision_lab.rewrite.steps import Plan
 
+UNDER = "precision_policy"  # attribute of what is under a policy: that policy
+
 
 class Traced(NamedTuple):
     """A function traced at its arguments.
@@ -61,6 +63,7 @@ def apply_to_function(fn: Callable, policy: Policy, numbers: Mapping[str, Quanti
     def wrapped(params: Any, /, *args: Any, **kwargs: Any) -> Any:
         return policy.cast_to_output(call(fn, policy, params, args, kwargs, numbers=numbers))
 
+    setattr(wrapped, UNDER, policy)
     return wrapped
 
 
@@ -184,18 +187,25 @@ def planned(
 
 
 def trace(fn: Callable, params: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Traced:
-    """Traces `fn(params, *args, **kwargs)` over the arrays among its arguments."""
-    leaves, tree = jax.tree.flatten((params, args, kwargs), is_leaf=is_qtensor)
+    """Traces `fn(params, *args, **kwargs)` over the arrays among its arguments.
+
+    A QTensor in `params` looks like the array that it stands for; the function gets those elsewhere as they are.
+    """
+    own, own_tree = jax.tree.flatten(params, is_leaf=is_qtensor)
+    others, other_tree = jax.tree.flatten((args, kwargs))  # QTensors there are trees of arrays like any other
+    leaves = own + others
     paths = [_path(path) for path, _ in jax.tree.leaves_with_path(params, is_leaf=is_qtensor)]
     given = [_is_array(leaf) for leaf in leaves]
-    origins = [*paths, *[None] * (len(leaves) - len(paths))]
+    origins = [*paths, *[None] * len(others)]
     static: list[Any] = []
 
     def over_arrays(*arrays: Any) -> list[Any]:
         values = iter(arrays)
         full = [next(values) if is_array else leaf for is_array, leaf in zip(given, leaves, strict=True)]
-        inner_params, inner_args, inner_kwargs = jax.tree.unflatten(tree, full)
-        out, out_tree = jax.tree.flatten(fn(inner_params, *inner_args, **inner_kwargs))
+        inner_args, inner_kwargs = jax.tree.unflatten(other_tree, full[len(own) :])
+        out, out_tree = jax.tree.flatten(
+            fn(jax.tree.unflatten(own_tree, full[: len(own)]), *inner_args, **inner_kwargs)
+        )
         static[:] = [out_tree, [None if _is_array(leaf) else leaf for leaf in out], [_is_array(leaf) for leaf in out]]
         return [leaf for leaf in out if _is_array(leaf)]
 
@@ -209,6 +219,11 @@ def trace(fn: Callable, params: Any, args: Sequence[Any], kwargs: dict[str, Any]
         return jax.tree.unflatten(out_tree, full)
 
     return Traced(jaxpr, arrays, [o for is_array, o in zip(given, origins, strict=True) if is_array], rebuild)
+
+
+def trace_program(fn: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> Traced:
+    """Traces `fn(*args, **kwargs)`, inside which parameters get to `call`, QTensors as they are stored."""
+    return trace(lambda _, *given, **named: fn(*given, **named), (), args, kwargs)
 
 
 def _is_array(leaf: Any) -> bool:

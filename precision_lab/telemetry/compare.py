@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 
-from precision_lab.nn.pure import PureCall, pure_call
+from precision_lab.nn.pure import PureCall
 from precision_lab.policy import Policy
-from precision_lab.rewrite import OUTPUT, SHADOW, Collector, Mark, harvest, observing, trace
+from precision_lab.rewrite import OUTPUT, SHADOW, Collector, Mark, harvest, observing, trace_program
 from precision_lab.rewrite.printing import table_text
-from precision_lab.telemetry.observe import under_policy
+from precision_lab.telemetry.observe import run_under
 from precision_lab.telemetry.statistics import thinned
 
 Values = dict[tuple[str, str], np.ndarray]
@@ -40,8 +41,9 @@ class Compared:
 
     Attributes:
       site: its name; "output/..." for what the function returns.
-      policy: the policy, as it was given.
-      local: error of this product alone, from the operands of the reference; None for what the function returns.
+      policy: the policy, as it was given; for a model its place, such as "model 1".
+      local: error of this product alone, from the operands of the reference; None for what the function returns, and
+        for the products of a model that is compared as it is.
       cumulative: error in a run wholly under the policy.
     """
 
@@ -129,7 +131,9 @@ def compare(
     Args:
       target: an `nnx.Module`, a `linen.Module` or a function `fn(params, *args, **kwargs)`; none is changed. For errors
         of gradients give a function that differentiates: its backward products are sites too.
-      policies: two or more, or what parses to them; the first is the reference.
+      policies: two or more, or what parses to them; the first is the reference. Also models with the sites of
+        `target`, which are run as they are, with all that they carry: `pl.compare(model, ["float32", packed], x)` for
+        one that `convert` returned, of Linen or a function with its params, `(module, variables)`.
       args, kwargs: what it is called with, as in `observe`.
       loss: makes what is compared in the end of the output.
       limit: compare so many elements of a tensor at most, evenly spread (in a scan, of each iteration); None takes all.
@@ -137,21 +141,44 @@ def compare(
 
     Raises:
       TypeError: `target` is no model or function.
-      ValueError: fewer than two policies, or a rule that matches no site.
+      ValueError: fewer than two policies, a rule that matches no site, or a model with other sites.
     """
-    given = [Policy.parse(policy) for policy in policies]
-    if len(given) < 2:
-        raise ValueError(f"compare needs a reference and at least one other policy, got {len(given)} in all.")
-    pure = pure_call(target, args, kwargs)
-    reference, others, names = given[0], given[1:], [str(policy) for policy in policies]
-    base = _values(pure, reference, loss, limit, tuple(others))
-    runs = [_values(pure, other, loss, limit, ()) for other in others]
-    rows = [
-        Compared(site, names[i + 1], _local(base, site, i), difference(base[site, OUTPUT], run[site, OUTPUT]))
-        for site in [site for site, role in base if role == OUTPUT]
-        for i, run in enumerate(runs)
-    ]
-    return Comparison(tuple(rows), names[0])
+    if len(policies) < 2:
+        raise ValueError(f"compare needs a reference and at least one other policy, got {len(policies)} in all.")
+    arms = [_arm(f"model {i}", each, target, args, kwargs, loss) for i, each in enumerate(policies)]
+    shadows = [i for i, arm in enumerate(arms) if i and arm.policy is not None]
+    base = _values(arms[0], limit, tuple(arms[i].policy for i in shadows))
+    runs = {i: _values(arm, limit, ()) for i, arm in enumerate(arms) if i}
+    rows = []
+    for site in [site for site, role in base if role == OUTPUT]:
+        for i, run in runs.items():
+            local = base.get((site, f"{SHADOW}{shadows.index(i)}")) if i in shadows else None
+            rows.append(Compared(site, arms[i].name, *_errors(base, local, run, site, arms[i].name)))
+    return Comparison(tuple(rows), arms[0].name)
+
+
+class _Arm(NamedTuple):
+    """One run of a comparison: under a policy, or a model as it is, whose policy is None here."""
+
+    name: str
+    policy: Policy | None
+    forward: Callable[..., Any]
+    pure: PureCall
+
+
+def _arm(name: str, policy: Any, target: Any, args: Any, kwargs: Any, loss: Callable[[Any], Any] | None) -> _Arm:
+    """Returns the run of what stands for a policy; a model goes by a name."""
+    if not _is_model(policy):
+        parsed = Policy.parse(policy)
+        return _Arm(str(policy), parsed, *run_under(target, args, kwargs, parsed, loss))
+    if isinstance(policy, tuple):
+        policy, args = policy[0], (policy[1], *args[1:])
+    return _Arm(name, None, *run_under(policy, args, kwargs, None, loss))
+
+
+def _is_model(policy: Any) -> bool:
+    """Returns whether what stands for a policy is a model, or a function or a Linen module with its params."""
+    return isinstance(policy, nnx.Module) or (isinstance(policy, tuple) and len(policy) == 2 and callable(policy[0]))
 
 
 def difference(reference: np.ndarray, other: np.ndarray) -> Difference:
@@ -167,18 +194,20 @@ def difference(reference: np.ndarray, other: np.ndarray) -> Difference:
     return Difference(float(sqnr_db), float(np.max(error, initial=0)), float(np.max(relative, initial=0)))
 
 
-def _local(base: Values, site: str, number: int) -> Difference | None:
-    """Returns the local error at a site, which what the function returns does not have."""
-    shadow = base.get((site, f"{SHADOW}{number}"))
-    return None if shadow is None else difference(base[site, OUTPUT], shadow)
+def _errors(
+    base: Values, shadow: np.ndarray | None, run: Values, site: str, name: str
+) -> tuple[Difference | None, Difference]:
+    """Returns the local error at a site, which what the function returns does not have, and the cumulative one."""
+    expected, found = base[site, OUTPUT], run.get((site, OUTPUT))
+    if found is None or found.shape != expected.shape:
+        raise ValueError(f"'{site}' is no site of '{name}': give a model of the same code.")
+    return None if shadow is None else difference(expected, shadow), difference(expected, found)
 
 
-def _values(
-    pure: PureCall, policy: Policy, loss: Callable[[Any], Any] | None, limit: int | None, shadows: tuple[Policy, ...]
-) -> Values:
-    """Returns the outputs of all sites under a policy, those of its shadows, and what the function returns."""
+def _values(arm: _Arm, limit: int | None, shadows: tuple[Any, ...]) -> Values:
+    """Returns the outputs of all sites in a run, those of other policies there, and what the function returns."""
     with observing(shadows):
-        traced = trace(under_policy(pure, policy, loss), pure.params, pure.args, pure.kwargs)
+        traced = trace_program(arm.forward, (arm.pure.params, *arm.pure.args), arm.pure.kwargs)
     marks: list[Mark] = []
 
     def wanted(mark: Mark) -> bool:

@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from precision_lab import formats
+from precision_lab.nn.carried import CONVERTED
+from precision_lab.nn.own import call_as_it_is, own_policy
 from precision_lab.nn.pure import PureCall, pure_call
 from precision_lab.policy import Policy
-from precision_lab.rewrite import Collector, Mark, Traced, call, harvest, observing, trace
+from precision_lab.rewrite import Collector, Mark, Traced, call, harvest, is_qtensor, observing, trace_program
 from precision_lab.telemetry.observation import Observation
 from precision_lab.telemetry.statistics import TensorStats, empty, merge, stats_of_many
 
@@ -22,7 +24,7 @@ ROLES = ("lhs", "rhs", "output", "value", "lhs_cotangent", "rhs_cotangent", "out
 def observe(
     target: Any,
     *args: Any,
-    policy: Any = "float32",
+    policy: Any = None,
     loss: Callable[[Any], jax.Array] | None = None,
     grad: bool | str = "auto",
     roles: Sequence[str] = ROLES,
@@ -37,7 +39,10 @@ def observe(
       target: an `nnx.Module`, a `linen.Module` or a function `fn(params, *args, **kwargs)`; none is changed.
       args, kwargs: what it is called with; for a Linen model the arguments of `apply`, variables first; for a function
         its params first.
-      policy: a Policy or what parses to one.
+      policy: a Policy or what parses to one, in place of any that the target is under. None runs a target that is under
+        a policy as it is, with all that it carries (a converted one with its static scales, one of `prepare_qat` with
+        its ranges), and any other under "float32". Weights that are stored quantized are seen as the values that they
+        stand for.
       loss: makes a scalar of the output, for the gradients of a model.
       grad: whether to run the backward pass too, for the cotangents; "auto" does if there is a scalar to differentiate.
       roles: which tensors to look at, some of `ROLES`.
@@ -51,13 +56,13 @@ def observe(
 
     Raises:
       TypeError: `target` is no model or function, or grad=True without a scalar.
-      ValueError: a rule matches no site, an unknown role, or nothing to observe.
+      ValueError: a rule matches no site, an unknown role, nothing to observe, or a policy for a function that convert
+        returned.
     """
-    pure, policy = pure_call(target, args, kwargs), Policy.parse(policy)
-    forward = under_policy(pure, policy, loss)
+    forward, pure = run_under(target, args, kwargs, policy, loss)
     run = _gradient(forward) if _wants_gradient(forward, pure, grad) else forward
     with observing(()):
-        traced = trace(run, pure.params, pure.args, pure.kwargs)
+        traced = trace_program(run, (pure.params, *pure.args), pure.kwargs)
     return jax.jit(lambda arrays: _harvested(traced, arrays, roles, limit, rounding, per_layer)[1])(traced.arrays)
 
 
@@ -93,7 +98,7 @@ def observed(
     @functools.wraps(fn)
     def wrapper(*args: Any, **kwargs: Any) -> tuple[Any, Observation]:
         with observing(()):
-            traced = trace(lambda _, *given, **named: fn(*given, **named), (), args, kwargs)
+            traced = trace_program(fn, args, kwargs)
         looking = functools.partial(
             _harvested, traced, roles=roles, limit=limit, rounding=rounding, per_layer=per_layer
         )
@@ -131,8 +136,8 @@ def _path_of(path: Any) -> str:
 
 
 def _is_float(leaf: Any) -> bool:
-    """Returns whether a leaf is a floating array."""
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+    """Returns whether a leaf is a floating array, and not one that is stored quantized."""
+    return hasattr(leaf, "dtype") and not is_qtensor(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def _harvested(
@@ -163,22 +168,36 @@ def _blind(traced: Traced, like: Observation, arrays: Sequence[Any]) -> tuple[li
     return out, Observation([empty(stats) for stats in like.stats], like.marks, like.rounded)
 
 
-def under_policy(pure: PureCall, policy: Policy, loss: Callable[[Any], Any] | None) -> Callable[..., Any]:
-    """Returns the function (params, *args, **kwargs) that a call under a policy is; models store params as it says."""
+def run_under(
+    target: Any, args: Any, kwargs: Any, policy: Any, loss: Callable[[Any], Any] | None = None
+) -> tuple[Callable[..., Any], PureCall]:
+    """Returns a call under a policy, or with None as it is, as a function (params, *args, **kwargs), and its parts.
+
+    Models store params as the policy says.
+    """
+    after = loss or (lambda out: out)
+    if policy is None and own_policy(target):
+        own = call_as_it_is(target, args, kwargs)
+        return lambda params, *args, **kwargs: after(own.fn(params, *args, **kwargs)), own
+    if hasattr(target, CONVERTED):
+        raise ValueError(
+            f"a function that convert returned is seen as it is, without a policy; for policy '{policy}' give the "
+            "function that was converted, and the packed params."
+        )
+    pure, replaced = pure_call(target, args, kwargs), Policy.parse("float32" if policy is None else policy)
 
     def forward(params: Any, *args: Any, **kwargs: Any) -> Any:
-        params = policy.cast_to_param(params) if pure.is_model else params
-        out = policy.cast_to_output(call(pure.fn, policy, params, args, kwargs, root=pure.root, types=pure.types))
-        return out if loss is None else loss(out)
+        out = call(pure.fn, replaced, pure.stored(replaced, params), args, kwargs, root=pure.root, types=pure.types)
+        return after(replaced.cast_to_output(out))
 
-    return forward
+    return forward, pure
 
 
 def _gradient(forward: Callable[..., jax.Array]) -> Callable[..., Any]:
     """Returns the function that returns the loss and its gradients with respect to the floating arrays in params."""
 
     def run(params: Any, *args: Any, **kwargs: Any) -> Any:
-        leaves, tree = jax.tree.flatten(params)
+        leaves, tree = jax.tree.flatten(params, is_leaf=is_qtensor)
         floating = [_is_float(leaf) for leaf in leaves]
 
         def of(floats: Sequence[Any]) -> jax.Array:
@@ -202,7 +221,7 @@ def _wants_gradient(forward: Callable[[Any], Any], pure: PureCall, grad: bool | 
         raise ValueError(f"grad must be True, False or 'auto', got {grad!r}.")
     if grad is False:
         return False
-    outputs = trace(forward, pure.params, pure.args, pure.kwargs).jaxpr.out_avals
+    outputs = trace_program(forward, (pure.params, *pure.args), pure.kwargs).jaxpr.out_avals
     scalar = len(outputs) == 1 and outputs[0].shape == () and jnp.issubdtype(outputs[0].dtype, jnp.floating)
     if grad is True and not scalar:
         what = ", ".join(f"{aval.dtype}{list(aval.shape)}" for aval in outputs)

@@ -11,7 +11,7 @@ from jax import lax
 
 from precision_lab.nn import apply_policy
 from precision_lab.policy import Policy
-from precision_lab.rewrite import apply_to_function, mark, trace
+from precision_lab.rewrite import apply_to_function, mark, trace_program
 from precision_lab.telemetry import Reading, observe, observed, tensor_stats, tree_stats
 from tests.jaxprs import assert_same_bits
 
@@ -288,7 +288,7 @@ def test_what_a_function_is_called_with_is_an_argument_of_what_is_compiled(monke
     """As constants, data had its histograms folded by the compiler: 10 s for scikit-learn's digits."""
     traced = []
     module = sys.modules[observe.__module__]  # `precision_lab.telemetry.observe` is the function
-    monkeypatch.setattr(module, "trace", lambda *given: traced.append(trace(*given)) or traced[-1])
+    monkeypatch.setattr(module, "trace_program", lambda *given: traced.append(trace_program(*given)) or traced[-1])
 
     observe(loss, {"w": W[0]}, X)
 
