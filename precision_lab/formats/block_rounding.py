@@ -226,9 +226,11 @@ def _directly(exactly: Callable[[jax.Array], jax.Array], fmt: BlockFormat, tiles
         rounded = block_scales.round_scaled(tiles.split(to_bits(x)), fmt.element, shift=shift.astype(np.uint32))
         return from_bits(tiles.join(rounded | jnp.where(bad, _NAN, _U32(0))), x.dtype)
 
-    # What seems to be zero may be a subnormal that XLA has flushed.
+    # What seems to be zero may be a subnormal that XLA has flushed. The other branch gives the predicate, False there,
+    # because in a shard_map both have to vary over the same axes.
     nonzero = lambda x: jnp.any(zero & (tiles.split(to_bits(x)) & _MAGNITUDE > _U32(0)))  # noqa: E731
-    flushed = jax.lax.cond(jnp.any(zero), nonzero, lambda x: jnp.array(False), x)
+    some = jnp.any(zero)
+    flushed = jax.lax.cond(some, nonzero, lambda x: some, x)
     return jax.lax.cond(jnp.all(within) & ~flushed, direct, exactly, x)
 
 

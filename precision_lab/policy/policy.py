@@ -123,8 +123,9 @@ class Policy(Treatment):
         """Returns this policy with one more rule, which overrides the earlier ones where it matches.
 
         Args:
-          pattern: glob over site paths, see `Rule`. A rule that matches no site is an error when the policy is
-            applied, because only then the sites are known.
+          pattern: glob over site paths, see `Rule`. A rule that matches no site, or sets what acts on none that it
+            matches, is an error when the policy is applied, because only then the sites are known. Of several
+            quantizers of operands (weight, activation, attention, embedding) one has to act.
           settings: settings of `Treatment`, each as its value or what parses to it, such as `compute="float32"`,
             `weight="int4@group32"`, `weight=None`.
 

@@ -14,6 +14,7 @@ from precision_lab.policy import Policy, Treatment
 from precision_lab.policy.treatment import SETTINGS
 from precision_lab.ptq.scores import Cost, Sensitivity
 from precision_lab.rewrite.printing import table_text
+from precision_lab.rewrite.rules import acts
 
 OBJECTIVES = ("error", "loss")
 
@@ -164,6 +165,8 @@ def _policy(table: Sensitivity, choices: Sequence[int]) -> Policy:
 
 def _changes(table: Sensitivity, name: str, choice: int) -> dict[str, Any]:
     """Returns the settings that a policy has at a site and the reference does not have there."""
-    here = [next(site for site in sites if site.name == name).treatment for sites in table.tables]
-    before, after = here[0] or Treatment(), here[choice] or here[0] or Treatment()
-    return {key: getattr(after, key) for key in SETTINGS if getattr(after, key) != getattr(before, key)}
+    here = [next(site for site in sites if site.name == name) for sites in table.tables]
+    before = here[0].treatment or Treatment()
+    after = here[choice].treatment or before
+    changed = [(key, getattr(after, key)) for key in SETTINGS if getattr(after, key) != getattr(before, key)]
+    return {key: value for key, value in changed if acts(here[choice], key, value)}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import difflib
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +17,6 @@ import numpy as np
 
 from precision_lab.policy import OP_TABLE, Policy, Treatment
 from precision_lab.policy.ops import ACTIVATIONS
-from precision_lab.policy.treatment import OF_PRODUCTS
 from precision_lab.rewrite import _compat
 from precision_lab.rewrite.adapters import Adapter, is_matrix
 from precision_lab.rewrite.cast import casting_of, quantizers_of
@@ -27,6 +25,7 @@ from precision_lab.rewrite.held import Known, at_site
 from precision_lab.rewrite.lookup import LOOKUP, looks_up_rows
 from precision_lab.rewrite.marks import MARKED, OPERANDS
 from precision_lab.rewrite.operations import CASTABLE, Operate, is_castable
+from precision_lab.rewrite.rules import require_every_rule_used
 from precision_lab.rewrite.scaled import Amaxes
 from precision_lab.rewrite.sites import FULL_PRECISION, PRODUCTS, Site, SiteTable, clean_scope, module_types
 from precision_lab.rewrite.steps import Cast, Enter, Lookup, Observed, Plan
@@ -107,7 +106,7 @@ class Planner:
 
     def _is_named(self, site: Site) -> bool:
         """Returns whether an operation is listed though it is no product."""
-        return site.op in UNSUPPORTED | {LOOKUP} or any(rule.matches(*_names(site)) for rule in self.policy.rules)
+        return site.op in UNSUPPORTED | {LOOKUP} or any(rule.matches(*site.names) for rule in self.policy.rules)
 
     def walk(self, jaxpr: Any, origins: Sequence[Any], scope: str = "") -> tuple[Plan, Origins]:
         """Returns the plan of a jaxpr and the provenance of its outputs.
@@ -152,7 +151,7 @@ class Planner:
     def _lookup(self, eqn: Any, sources: Origins, scope: str) -> Lookup | Operate | None:
         """Decides on a lookup of rows of a parameter, and records it as a site."""
         site = self._site(eqn, sources[:1], scope)
-        treatment = self.policy.at(*_names(site))
+        treatment = self.policy.at(*site.names)
         if treatment.embedding is None and self._reaches_operations:
             return self._operation(eqn, site, scope)
         reason = "full_precision region" if _is_full_precision(scope) else ""
@@ -167,7 +166,7 @@ class Planner:
         if not any(is_castable(atom.aval) for atom in (*eqn.invars, *eqn.outvars)):
             return None
         site = site or self._site(eqn, [], scope)
-        treatment = self.policy.at(*_names(site))
+        treatment = self.policy.at(*site.names)
         if _is_full_precision(scope):
             self.sites.append(dataclasses.replace(site, reason="full_precision region"))
             return None
@@ -226,8 +225,8 @@ class Planner:
         if _is_full_precision(scope):
             self.sites.append(dataclasses.replace(site, reason="full_precision region"))
             return None
-        treatment = self.policy.at(*_names(site)) if self._call is None else self._treatment_in_rule(site)
-        asked = any(rule.sets("compute") and rule.matches(*_names(site)) for rule in self.policy.rules)
+        treatment = self.policy.at(*site.names) if self._call is None else self._treatment_in_rule(site)
+        asked = any(rule.sets("compute") and rule.matches(*site.names) for rule in self.policy.rules)
         reason = why_not(eqn, treatment, asked, self._default_precision)
         if reason:
             self.sites.append(dataclasses.replace(site, reason=reason))
@@ -245,7 +244,7 @@ class Planner:
 
     def _known(self, site: Site, role: str, treatment: Treatment) -> Any:
         """Returns what is given for one operand of a site."""
-        rule = functools.partial(self.policy.decided_by, names=_names(site))
+        rule = functools.partial(self.policy.decided_by, names=site.names)
         return at_site(self._given, site, role, treatment, self._scans, rule)
 
     def _adapter(self, eqn: Any, sources: Origins) -> tuple[int, Adapter] | None:
@@ -322,31 +321,8 @@ class Planner:
                 self._report_hidden(inner, scope, holder)
 
     def require_every_rule_used(self) -> None:
-        """Raises ValueError if a rule matched no site, naming the nearest, or only sites that it cannot change."""
-        names = [_names(site) for site in self.sites]
-        unused = [rule for rule in self.policy.rules if not any(rule.matches(*each) for each in names)]
-        if unused:
-            raise ValueError(_unused_message(unused[0].pattern, len(unused), len(self.policy.rules), self.sites))
-        for rule in self.policy.rules:
-            matched = [site for site, each in zip(self.sites, names, strict=True) if rule.matches(*each)]
-            if all(site.reason for site in matched):
-                why = f"{matched[0].name}: {matched[0].reason}"
-                raise ValueError(f"rule '{rule.pattern}' matches only sites that cannot be cast ({why}).")
-            of_products = rule.quantizes(*OF_PRODUCTS) and not rule.quantizes("embedding")
-            if of_products and all(site.op == LOOKUP for site in matched):
-                raise ValueError(f"rule '{rule}' is for products, but '{matched[0].name}' is a lookup: say embedding=.")
-
-
-def _unused_message(pattern: str, unused: int, total: int, sites: Sequence[Site]) -> str:
-    """Says which rule matched nothing and what it may have meant."""
-    names = list(dict.fromkeys(site.name for site in sites))
-    if not names:
-        return f"rule '{pattern}' matched no site: the computation has no products."
-    types = list(dict.fromkeys(name for site in sites for name in _names(site) if name[:1] == "@"))
-    kind, known = ("module type around a site", types) if pattern[:1] == "@" and types else ("site", names)
-    literal = pattern.replace("**/", "").replace("/**", "")
-    near = difflib.get_close_matches(literal, known, n=1, cutoff=0) or known[:1]
-    return f"{unused} of {total} rules matched no site: '{pattern}'. Nearest {kind}: '{near[0]}'."
+        """Raises ValueError if a rule, or something that it says, does nothing at the sites found so far."""
+        require_every_rule_used(self.policy, self.sites)
 
 
 def _captured(aval: Any) -> Any:
@@ -373,12 +349,6 @@ def _quantized_by(op: str, sources: Origins) -> tuple[str, ...]:
     if not any(map(_is_path, sources)):
         return ("attention",) * len(sources)
     return tuple("weight" if _is_path(source) else "activation" for source in sources)
-
-
-def _names(site: Site) -> tuple[str, ...]:
-    """Returns what a rule's pattern may match of a site."""
-    types = site.module.split("/") if site.module else ()
-    return (site.path, site.name, site.full_name, *(f"@{name}" for name in types))
 
 
 def _is_full_precision(scope: str) -> bool:

@@ -94,6 +94,12 @@ class Site:
         """`path:op#index`, which every site has."""
         return f"{self.path}:{self.op}#{self.index}"
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a rule's pattern may match: path, names, and the types of the modules around it as `@Type`."""
+        types = self.module.split("/") if self.module else ()
+        return (self.path, self.name, self.full_name, *(f"@{name}" for name in types))
+
 
 @dataclasses.dataclass(frozen=True)
 class SiteTable(Sequence[Site]):

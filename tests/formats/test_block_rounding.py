@@ -431,3 +431,16 @@ def test_blocks_round_alike_under_vmap():
     x[1, 2] = 1e-44
 
     assert_same_bits(jax.vmap(lambda x: round_to_blocks(x, "mxfp4"))(x), round_to_blocks(x, "mxfp4"))
+
+
+@pytest.mark.parametrize("spec", DIRECT)
+def test_blocks_round_alike_on_each_device_of_a_shard_map(spec):
+    """The branches that are chosen among varied over different mesh axes, which JAX refuses."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    along = jax.sharding.PartitionSpec("data")
+    x = np.random.default_rng(6).standard_normal((4, 96)).astype(np.float32)
+    x[1, :32] = 0
+
+    sharded = jax.shard_map(lambda x: round_to_blocks(x, spec), mesh=mesh, in_specs=along, out_specs=along)
+
+    assert_same_bits(jax.jit(sharded)(x), round_to_blocks(x, spec))

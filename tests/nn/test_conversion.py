@@ -322,7 +322,10 @@ def test_a_simulated_accumulator_reaches_across_the_blocks_of_a_large_weight(mon
 def test_a_rule_for_products_that_matches_only_a_lookup_is_refused():
     policy = pl.Policy.parse("float32").with_rule("e", weight="int2@tensor")
 
-    with pytest.raises(ValueError, match="is for products, but 'e:gather#0' is a lookup: say embedding="):
+    with pytest.raises(
+        ValueError,
+        match="acts on none of the 1 sites that it matches: 'e:gather#0' is a lookup of parameters: say embedding=",
+    ):
         pl.apply_policy(lambda params, i: params["e"][i], policy)({"e": jnp.eye(4)}, jnp.asarray([1]))
 
 
