@@ -29,8 +29,11 @@ def compare_command(
     target: Target,
     policies: Annotated[
         list[str] | None,
-        typer.Option("--policy", "-p", metavar="POLICY", help="Repeatable; of several the first is the reference."),
+        typer.Option("--policy", "-p", metavar="POLICY", help="What to hold against the reference; repeatable."),
     ] = None,
+    reference: Annotated[
+        str, typer.Option("--reference", metavar="POLICY", help="What the errors are counted from.")
+    ] = "float32",
     arm: Arm = "",
     step: Annotated[
         int | None, typer.Option("--step", metavar="N", min=0, help="Which checkpoint of a run; 0: what it began with.")
@@ -50,16 +53,13 @@ def compare_command(
     """Compare policies on one model, site by site, worst first: SQNR in dB of each product, by itself and piled up.
 
     The parameters are those of the last checkpoint where TARGET is a run, else those that training begins with; the
-    data are held-out examples. With one policy the reference is float32; with none the run's own is compared with it.
+    data are held-out examples. Without --policy it is the run's own that is held against the reference.
     A site with a good local and a bad cumulative error only suffers from others.
     """
     if save is not None and save.suffix not in PICTURES:
         raise ValueError(f"--save {save}: a picture ends in one of {', '.join(PICTURES)}.")
-    given = dict.fromkeys(map(str, map(Policy.parse, policies or [])))
-    if len(given) < len(policies or []):
-        raise ValueError(f"the same policy is given twice; they are {', '.join(given)}.")
     subject = find_subject(target, out, arm=arm, seed=seed, settings=settings or (), imports=imports or ())
-    chosen = _with_reference(subject, policies or [])
+    chosen = [reference, *_held_against(reference, policies, subject)]
     with Bar(None, f"running {subject.name} under {len(chosen)} policies"):
         found = _compared(subject, chosen, step, examples, out)
     sites = worst_first(found.comparison, by)[:top]
@@ -72,17 +72,18 @@ def compare_command(
         say(f"wrote {save}")
 
 
-def _with_reference(subject: Subject, policies: list[str]) -> list[str]:
-    """Returns the policies to compare, the reference first."""
-    if len(policies) > 1:
-        return policies
+def _held_against(reference: str, policies: list[str] | None, subject: Subject) -> list[str]:
+    """Returns the policies to hold against the reference, each of which is another."""
     from precision_lab.runner.identity import policy_name
 
-    own = policies or [policy_name(subject.config.policy)]
-    if Policy.parse(own[0]) == Policy.parse("float32"):
-        which = "float32 is the reference itself" if policies else f"{subject.name} is in float32, the reference"
-        raise ValueError(f"{which}; say what to hold against it, such as --policy bfloat16_mixed.")
-    return ["float32", *own]
+    chosen = policies or [policy_name(subject.config.policy)]
+    if Policy.parse(reference) in map(Policy.parse, chosen):
+        which = f"{reference} is" if policies else f"{subject.name} is in {reference},"
+        raise ValueError(f"{which} the reference itself; say what to hold against it, such as --policy bfloat16_mixed.")
+    given = dict.fromkeys(str(Policy.parse(one)) for one in chosen)
+    if len(given) < len(chosen):
+        raise ValueError(f"the same policy is given twice; they are {', '.join(given)}.")
+    return chosen
 
 
 def _compared(subject: Subject, policies: list[str], step: int | None, examples: int, out: Path) -> "Compared":

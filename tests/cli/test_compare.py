@@ -116,7 +116,7 @@ def test_float32_masters_are_compared_in_the_place_of_what_they_are_the_masters_
 
 def test_sites_come_worst_first_and_what_the_model_returns_last(cli, tmp_path):
     name, _ = saved_run(tmp_path)
-    policies = ("-p", "float32", "-p", "bfloat16_mixed", "-p", "float32;head/**:weight=int4@tensor")
+    policies = ("-p", "bfloat16_mixed", "-p", "float32;head/**:weight=int4@tensor")
 
     found, _ = compared(cli, name, *policies)
     code, out, _ = cli("compare", name, *policies)
@@ -132,6 +132,17 @@ def test_sites_come_worst_first_and_what_the_model_returns_last(cli, tmp_path):
     assert list(dict.fromkeys(row["site"] for row in compared(cli, name, *policies, "--top", "1")[0]["rows"])) == [
         "head/kernel"
     ]
+
+
+def test_errors_are_counted_from_the_reference_that_is_asked_for(cli, tmp_path):
+    name, params = saved_run(tmp_path)
+    x, kernel = first_examples(64), params["layers"][0]["kernel"]
+
+    found, rows = compared(cli, name, "-p", "float32", "--reference", "bfloat16_mixed")
+
+    expected = sqnr_db(as_bfloat16(x) @ as_bfloat16(kernel), x @ kernel)
+    assert found["reference"] == "bfloat16_mixed"
+    assert rows["layers/0/kernel", "float32"]["local_sqnr_db"] == pytest.approx(expected, abs=0.02)
 
 
 def test_a_run_that_is_going_on_is_left_alone(cli, tmp_path):
@@ -159,7 +170,7 @@ def test_a_picture_is_saved_where_it_is_told(cli, tmp_path, ending):
 
 
 BAD = [
-    (("toy.yaml",), "toy, arm float32 is in float32, the reference; say what to hold against it"),
+    (("toy.yaml",), "toy, arm float32 is in float32, the reference itself; say what to hold against it"),
     (("toy.yaml", "-p", "float32"), "float32 is the reference itself; say what to hold against it"),
     (("toy.yaml", "-p", "bf16", "-p", "bfloat16"), "the same policy is given twice"),
     (("toy.yaml", "-p", "bfloat16_mixed", "--step", "3"), "--step 3: toy, arm float32 has no checkpoints; give a run"),
