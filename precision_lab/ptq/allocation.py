@@ -13,6 +13,7 @@ import numpy as np
 from precision_lab.policy import Policy, Treatment
 from precision_lab.policy.treatment import SETTINGS
 from precision_lab.ptq.scores import Cost, Sensitivity
+from precision_lab.rewrite import Site
 from precision_lab.rewrite.printing import table_text
 from precision_lab.rewrite.rules import acts
 
@@ -152,21 +153,32 @@ def _front(taken: np.ndarray, damage: np.ndarray, limit: int) -> np.ndarray:
 
 
 def _policy(table: Sensitivity, choices: Sequence[int]) -> Policy:
-    """Returns the reference with a rule for each parameter that has another policy."""
+    """Returns the reference with rules for each parameter that has another policy."""
     policy = table.policies[0]
     for cost, choice in zip(table.costs, choices, strict=True):
-        changes = {site: _changes(table, site, choice) for site in cost.sites}
-        alike = len({str(sorted(change.items(), key=str)) for change in changes.values()}) == 1
-        for site, change in [(cost.path, changes[cost.sites[0]])] if alike else changes.items():
-            if change:
-                policy = policy.with_rule(site, **change)
+        for pattern, change in _rules(table, cost.path, choice).items():
+            policy = policy.with_rule(pattern, **change)
     return policy
 
 
-def _changes(table: Sensitivity, name: str, choice: int) -> dict[str, Any]:
-    """Returns the settings that a policy has at a site and the reference does not have there."""
-    here = [next(site for site in sites if site.name == name) for sites in table.tables]
-    before = here[0].treatment or Treatment()
-    after = here[choice].treatment or before
-    changed = [(key, getattr(after, key)) for key in SETTINGS if getattr(after, key) != getattr(before, key)]
-    return {key: value for key, value in changed if acts(here[choice], key, value)}
+def _rules(table: Sensitivity, path: str, choice: int) -> dict[str, dict[str, Any]]:
+    """Returns the settings that a policy changes at any site of a parameter: by its path, then by site where others.
+
+    A rule by path reaches every site of the parameter, those too at which the policy is as the reference.
+    """
+    sites = [site for site in table.tables[choice] if site.path == path and site.treatment is not None]
+    sites.sort(key=lambda site: site.name != path)  # one whose name is the path can have no rule but that of the path
+    chosen = {site.name: _settings(site) for site in sites}
+    before = {site.name: _settings(site) for site in table.tables[0] if site.name in chosen}
+    changed = {key for name, own in chosen.items() for key in own if own[key] != before[name].get(key)}
+    chosen = {name: {key: own[key] for key in own if key in changed} for name, own in chosen.items()}
+    common = {key: value for own in reversed(chosen.values()) for key, value in own.items()}
+    others = {name: own for name, own in chosen.items() if any(own[key] != common[key] for key in own)}
+    return {path: common, **others} if common else {}
+
+
+def _settings(site: Site) -> dict[str, Any]:
+    """Returns the settings of a site that act there."""
+    treatment = site.treatment or Treatment()
+    found = {key: getattr(treatment, key) for key in SETTINGS}
+    return {key: value for key, value in found.items() if acts(site, key, value)}

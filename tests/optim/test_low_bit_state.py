@@ -125,6 +125,33 @@ def test_hyperparameters_stay_as_they_are_whatever_their_size():
     np.testing.assert_allclose(params["bias"], plain["bias"], rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("inner", "signed", "never_negative"),
+    [
+        (optax.amsgrad(1e-2), ["mu"], ["nu", "nu_max"]),
+        (optax.adagrad(1e-2), [], ["sum_of_squares"]),
+        (optax.lion(1e-2), ["mu"], []),
+        (optax.sgd(1e-2, momentum=0.9), ["trace"], []),
+    ],
+    ids=["amsgrad", "adagrad", "lion", "momentum"],
+)
+def test_what_is_never_negative_in_a_state_of_optax_has_no_sign(inner, signed, never_negative):
+    (state,) = [one for one in low_bit_state(inner, "int8@tensor").init(PARAMS).inner if moments(one)]
+
+    found = {name: getattr(state, name)["kernel"].stored.quantizer.format.name for name in state._fields
+             if name not in ("count", "seed")}  # fmt: skip
+
+    assert found == {**dict.fromkeys(signed, "int8"), **dict.fromkeys(never_negative, "uint8")}
+
+
+def test_min_size_is_the_smallest_array_that_is_quantized():
+    size = PARAMS["kernel"].size
+
+    assert len(moments(low_bit_state(optax.adam(1e-2), "int8", min_size=size).init(PARAMS))) == 2
+    with pytest.raises(ValueError, match=f"no floating array of {size + 1} values"):
+        low_bit_state(optax.adam(1e-2), "int8", min_size=size + 1).init(PARAMS)
+
+
 class Named(NamedTuple):
     """Parameters, one of which has the name of optax's second moments."""
 

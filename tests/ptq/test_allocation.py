@@ -50,7 +50,8 @@ def test_no_other_choice_within_the_budget_does_less_damage(table, seed):
     least = min(taken for taken, _ in everything)
     budget = int(rng.integers(least, least + 80))
 
-    found = pl.allocate(drawn, Fraction(8 * budget, sum(cost.elements for cost in drawn.costs)))
+    half_a_byte_more = Fraction(8 * budget + 4, sum(cost.elements for cost in drawn.costs))
+    found = pl.allocate(drawn, half_a_byte_more)
 
     assert found.budget_bytes == budget
     best = min(harm for taken, harm in everything if taken <= budget)
@@ -112,19 +113,51 @@ def test_the_policy_of_an_allocation_has_the_settings_that_were_chosen(table):
     assert f"{found.nbytes} of {found.budget_bytes} bytes" in str(found)
 
 
-def test_a_parameter_that_two_sites_share_has_one_policy_and_is_counted_once():
-    def tied(params, tokens):
-        return params["table"][tokens] @ params["table"].T
+def tied(params, tokens):
+    return jax.nn.relu(params["table"][tokens] @ params["table"].T) @ params["table"]
 
-    params = {"table": PARAMS["w0"]}
-    policy = "weight=int8@token,embedding=int8@channel"
-    table = pl.sensitivity(tied, [policy], [np.arange(16)], params=params)
+
+BOTH = "weight=int8@channel,embedding=int8@channel"
+
+
+def test_a_parameter_that_sites_share_has_one_policy_and_is_counted_once():
+    table = pl.sensitivity(tied, [BOTH], [np.arange(16)], params={"table": PARAMS["w0"]})
 
     [cost] = table.costs
+    found = pl.allocate(dataclasses.replace(table, costs=(dataclasses.replace(cost, nbytes=(1024, 320)),)), 11)
 
     assert cost.sites == tuple(table.sites)
-    assert len(cost.sites) == 2
+    assert len(cost.sites) == 3
     assert cost.elements == 256
+    assert found.choices == {"table": BOTH}
+    assert found.bits_per_parameter == 10
+    errors = [table.at(site, BOTH).one_on_error for site in cost.sites]
+    assert min(errors) > 0
+    assert found.damage == pytest.approx(sum(errors), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        BOTH,
+        f"{BOTH};table:gather#0:embedding=none",
+        f"{BOTH};table:gather#0:embedding=int4@channel",
+        f"{BOTH};table:dot_general#1:weight=none",
+        "weight=none,embedding=int8@channel;table:dot_general#1:weight=int8@channel,activation=int8@token",
+    ],
+)
+@pytest.mark.parametrize("reference", ["float32", "compute=bfloat16;table:gather#0:embedding=int2@channel"])
+def test_each_site_of_a_shared_parameter_has_the_settings_that_were_scored(policy, reference):
+    """One rule by path reached the sites too at which the policy was as the reference."""
+    params, tokens = {"table": PARAMS["w0"]}, np.arange(16)
+    table = pl.sensitivity(tied, [policy], [tokens], params=params, reference=reference)
+    [cost] = table.costs
+
+    found = pl.allocate(dataclasses.replace(table, costs=(dataclasses.replace(cost, nbytes=(1024, 100)),)), 8)
+
+    expected = pl.sites(tied, params, tokens, policy=policy)
+    given = pl.sites(tied, params, tokens, policy=found.policy)
+    assert [(site.name, site.settings) for site in given] == [(site.name, site.settings) for site in expected]
 
 
 def test_the_loss_can_be_what_is_spared():

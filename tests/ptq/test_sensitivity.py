@@ -9,6 +9,7 @@ import pytest
 from flax import linen, nnx
 
 import precision_lab as pl
+from precision_lab.ptq.scores import Score, Sensitivity
 
 W4 = "weight=int4@tensor"
 RNG = np.random.default_rng(0)
@@ -199,3 +200,19 @@ def test_what_cannot_be_scored_is_refused():
     found = pl.sensitivity(two_layers, [W4], BATCHES[:1], params=PARAMS)
     with pytest.raises(KeyError, match=r"no site 'c' under policy.*policies, as they were given, "):
         found.at("c", W4)
+
+
+def test_each_error_has_its_own_decibels_and_a_ranking_adds_up_policies():
+    rows = [
+        Score("a", "p", 0.1, 0.01, 0.001),
+        Score("a", "q", 0.2, 0.0, math.inf),
+        Score("b", "p", 0.16, 1.0, 1.0),
+        Score("b", "q", 0.16, 1.0, 1.0),
+    ]
+    table = Sensitivity(tuple(rows), ("float32", "p", "q"), (), ((0.0, None),), (), ())
+
+    assert [round(rows[0].one_on_db, 6), round(rows[0].one_off_db, 6), round(rows[0].local_db, 6)] == [10, 20, 30]
+    assert (rows[1].one_off_db, rows[1].local_db) == (math.inf, -math.inf)
+    assert table.ranking() == ["b", "a"]  # 0.32 against 0.3, though the largest is 0.2 of a
+    assert table.ranking("q") == ["a", "b"]
+    assert table.ranking("p") == ["b", "a"]
