@@ -75,7 +75,8 @@ def quantize_parts(x: jax.Array, tiles: Tiles, given: Given, qz: Quantizer, n: Q
         zero_point = zero_point_of(found, scale, n) if zero_point is None else jnp.float32(zero_point)
         zero_point = jnp.broadcast_to(zero_point, tiles.scale_shape)
     offset = given.offset if given.offset is None else jnp.broadcast_to(jnp.float32(given.offset), tiles.scale_shape)
-    steps = _steps(x, tiles, scale, offset) if own is None else _steps(x, tiles, usable(own.step, qz), own.centre)
+    divisor, centre = (scale, offset) if own is None else (usable(own.step, qz), own.centre)
+    steps = _steps(x, tiles, divisor, centre, qz)
     # Without a scale not even a division by one, which flushes subnormals, and with them signs.
     steps = steps if qz.is_scaled else x
     values = grid_values(steps, _spread(tiles, zero_point), qz, n, key)
@@ -148,7 +149,7 @@ def nearest(x: jax.Array, tiles: Tiles, found: Range, qz: Quantizer, n: Quantize
     scale = scale_of(found, qz, n)
     scale = usable(scale if qz.scale_format == DOUBLE else rounded_scale(scale, qz), qz)
     zero_point = zero_point_of(found, scale, n) if qz.has_zero_point else None
-    values = grid_values(_steps(x, tiles, scale, None), _spread(tiles, zero_point), qz, n, None)
+    values = grid_values(_steps(x, tiles, scale, None, qz), _spread(tiles, zero_point), qz, n, None)
     return products(Parts(values, scale), tiles)
 
 
@@ -158,10 +159,13 @@ def _error(x: jax.Array, tiles: Tiles, found: Range, qz: Quantizer, n: Quantizer
     return tiles.reduce(multiply(apart, apart), ordered_mean)
 
 
-def _steps(x: jax.Array, tiles: Tiles, scale: jax.Array, offset: Any) -> jax.Array:
+def _steps(x: jax.Array, tiles: Tiles, scale: jax.Array, offset: Any, qz: Quantizer) -> jax.Array:
     """Returns an array in units of its scale, split into tiles."""
     split = tiles.split(x)
-    return divide(split if offset is None else split - tiles.spread(offset), tiles.spread(scale))
+    shifted = split if offset is None else split - tiles.spread(offset)
+    if qz.reciprocal:
+        return multiply(shifted, tiles.spread(divide(1, scale)))
+    return divide(shifted, tiles.spread(scale))
 
 
 def _spread(tiles: Tiles, zero_point: Any) -> Any:

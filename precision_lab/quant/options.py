@@ -53,6 +53,9 @@ OWN_THRESHOLDS = {"twn": "ternary", "centred": "binary"}
 # How scales are stored besides as float32 or another float.
 DOUBLE = "double"
 
+# Multiplies by the reciprocal of a scale in place of dividing.
+RECIPROCAL = "reciprocal"
+
 
 def is_integer(fmt: Any) -> bool:
     """Returns whether values of `fmt` are equally spaced."""

@@ -9,7 +9,7 @@ from typing import Any
 from precision_lab import formats
 from precision_lab.formats import ROUNDINGS, BlockFormat, Codebook, Format
 from precision_lab.quant.granularity import granularity
-from precision_lab.quant.options import CALIBRATIONS, DOUBLE, ESTIMATORS, SCHEMES, STRENGTHS
+from precision_lab.quant.options import CALIBRATIONS, DOUBLE, ESTIMATORS, RECIPROCAL, SCHEMES, STRENGTHS
 from precision_lab.quant.quantizer import Quantizer
 
 _GRANULARITY = re.compile(r"@(?=(?:per_)?(?:tensor|channel|token|group|block))")
@@ -32,7 +32,8 @@ def quantizer(spec: Any) -> Quantizer:
     Args:
       spec: a Quantizer; a format or dtype, for its default quantizer; or a string: a format, "@" and a granularity if
         it is not the default one, and options after commas, in any order: names of `SCHEMES`, `CALIBRATIONS`
-        ("percentile99.9"), `ROUNDINGS` and `ESTIMATORS` ("ewgs=0.01"), "clip=0.9", "scale=float16", "double".
+        ("percentile99.9"), `ROUNDINGS` and `ESTIMATORS` ("ewgs=0.01"), "clip=0.9", "scale=float16", "double",
+        "reciprocal".
         "int4@group32,affine,mse", "nf4,double", "float8_e4m3fn@channel", "mxfp4:rceil,stochastic". Where a name is
         both a calibration and an estimator ("lsq"), it is the estimator; "calibration=lsq" is the other.
 
@@ -100,6 +101,8 @@ def _option(part: str, spec: str) -> list[tuple[str, Any]]:
     """Returns the fields that one option gives."""
     if part == DOUBLE:
         return [("scale_format", DOUBLE)]
+    if part == RECIPROCAL:
+        return [(RECIPROCAL, True)]
     if part in _NAMED:
         return [(_NAMED[part], part)]
     if match := _PERCENTILE.fullmatch(part):
@@ -113,6 +116,6 @@ def _option(part: str, spec: str) -> list[tuple[str, Any]]:
         if match := _PERCENTILE.fullmatch(value):
             return _option(value, spec)
         return [("scale_format" if key == "scale" else key, value)]
-    known = [*_NAMED, DOUBLE, "percentile99.9", "clip=0.9", "scale=float16"]
+    known = [*_NAMED, DOUBLE, RECIPROCAL, "percentile99.9", "clip=0.9", "scale=float16"]
     near = difflib.get_close_matches(part, known, n=3, cutoff=0.5) or known
     raise ValueError(f"quantizer {spec!r}: unknown option {part!r}. Nearest: {', '.join(dict.fromkeys(near))}.")

@@ -23,7 +23,7 @@ _INTEGER_ESTIMATORS = ("tanh", "lsq", "lsq+", "pact", "dorefa")
 
 def check(qz: Any) -> None:
     """Refuses a quantizer whose options cannot be honoured."""
-    for problem in (_format, _scheme, _calibration, _estimator, _scale_format):
+    for problem in (_format, _scheme, _calibration, _estimator, _scale_format, _reciprocal):
         said = problem(qz)
         if said:
             raise ValueError(f"quantizer of {qz.format.name!r} is not possible: {said}.")
@@ -102,6 +102,12 @@ def _estimator(qz: Any) -> str | None:
             return f"rounding {qz.rounding!r}: a codebook takes the nearest level"
         if qz.rounding != "stochastic":
             return f"rounding {qz.rounding!r}: a codebook takes the nearest level, or one at random by 'stochastic'"
+    return None
+
+
+def _reciprocal(qz: Any) -> str | None:
+    if qz.reciprocal and (not qz.is_scaled or qz.estimator == "dorefa"):
+        return "there is no scale of ours whose reciprocal could be taken; leave out 'reciprocal'"
     return None
 
 

@@ -12,6 +12,7 @@ from precision_lab.quant.options import (
     CALIBRATIONS,
     DOUBLE,
     ESTIMATORS,
+    RECIPROCAL,
     SCHEMES,
     STRENGTHS,
     default_calibration,
@@ -43,6 +44,9 @@ class Quantizer:
       strength: the number in "ewgs" and "tanh"; None is its usual value.
       scale_format: float format that scales are rounded to and stored in, "float32" by default; "double" quantizes them
         again as QLoRA does: to 8 bits in blocks of 256, after their mean is subtracted.
+      reciprocal: whether values are multiplied by the rounded reciprocal of their scale, as torchao, bitsandbytes and
+        XLA's own division do, for codes equal to theirs; the quotient differs from that at ties and a last place beside
+        them. Gradients ask the quotient. A scale above 2**126 has no normal reciprocal.
 
     Raises:
       ValueError: an unknown name, or options that contradict the format or each other.
@@ -58,6 +62,7 @@ class Quantizer:
     estimator: str = "ste"
     strength: float | None = None
     scale_format: str = "float32"
+    reciprocal: bool = False
 
     def __post_init__(self) -> None:
         """Puts names and defaults into their one form, and refuses what contradicts itself."""
@@ -103,6 +108,7 @@ class Quantizer:
             said.append(self.estimator + ("" if usual else f"={self.strength!r}"))
         if self.scale_format != "float32":
             said.append(DOUBLE if self.scale_format == DOUBLE else f"scale={self.scale_format}")
+        said += [RECIPROCAL] * self.reciprocal
         return said
 
     @property

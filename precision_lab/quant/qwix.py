@@ -25,12 +25,13 @@ _AFFINE = ("int4", "int8")
 def qwix_quantizer(qtype: Any, method: str = "absmax", shared: Any = "channel") -> Quantizer:
     """Returns the quantizer with the grid and the scale of a Qwix type.
 
-    Its integers use all codes under amax / (2**(bits - 1) - 1/2), our scheme "full_clipped". Scales and
-    quotients are the same in float32 but for the last place, since XLA's division, which Qwix takes, is not rounded
-    correctly. So the codes are the same but for ties: above all a largest element that is negative has the lowest code
-    or the one above. Two things are meant to differ: Qwix rounds scales and quotients to the dtype of the array, where
-    ours are float32 (one code in ten of bfloat16 arrays differs by one); and a group whose scale would be below 1e-19
-    keeps its values here.
+    Its integers use all codes under amax / (2**(bits - 1) - 1/2), our scheme "full_clipped". Qwix takes XLA's
+    division, which multiplies by the rounded reciprocal of a broadcast scale, where our quotient is rounded correctly.
+    So the codes are the same but for ties: above all a largest element that is negative has the lowest code or the one
+    above. `dataclasses.replace(qz, reciprocal=True)` has those of Qwix on CPUs; with "minmax" there are ties left,
+    because Qwix adds the zero point before it rounds. Two things are meant to differ: Qwix rounds scales and quotients
+    to the dtype of the array, where ours are float32 (one code in ten of bfloat16 arrays differs by one); and a group
+    whose scale would be below 1e-19 keeps its values here.
 
     Args:
       qtype: a type of Qwix's: "int2" to "int8", a float8 or float4 dtype or its name, "nf4".

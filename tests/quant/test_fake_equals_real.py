@@ -23,6 +23,12 @@ SPECS = [
     *("int4@channel,mse", "nf4@group16,mse", "uint4@group16,affine,mse", "int4@channel,percentile99", "int4,kl"),
     *("int4@channel,affine,percentile90", "int4,aciq", "int4@channel,affine,aciq", "int4,aciq_normal", "int4,ema"),
     *("int2@channel,absmean", "int4,calibration=lsq", "int4@channel,clip=0.7", "int4@group16,lsq", "uint4,dorefa"),
+    *(
+        "int4@group7,affine,reciprocal",
+        "nf4,reciprocal,double",
+        "int4@channel,mse,reciprocal",
+        "ternary,twn,reciprocal",
+    ),
     *("int4@channel,stochastic", "uint8@group7,affine,stochastic", "mxfp4,stochastic", "int4,toward_zero"),
 ]
 

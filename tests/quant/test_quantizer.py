@@ -31,14 +31,16 @@ FORMATS = ["int4", "int8", "uint8", "float8_e4m3fn", "e3m2", "fixed8.4", "nf4", 
     st.sampled_from(list(ROUNDINGS)),
     st.sampled_from(list(ESTIMATORS)),
     st.sampled_from(["float32", "float16", "float8_e4m3fn", "double"]),
+    st.booleans(),
 )
 @settings(max_examples=300, deadline=None)
 def test_every_possible_quantizer_prints_as_what_it_parses_from(
-    fmt, shared, scheme, calibration, clip, rounding, estimator, scale_format
+    fmt, shared, scheme, calibration, clip, rounding, estimator, scale_format, reciprocal
 ):
     percentile = 99.9 if calibration == "percentile" else None
     try:
-        qz = Quantizer(fmt, shared, scheme, calibration, percentile, clip, rounding, estimator, None, scale_format)
+        shape = fmt, shared, scheme, calibration, percentile, clip
+        qz = Quantizer(*shape, rounding, estimator, None, scale_format, reciprocal)
     except ValueError:
         return
 
@@ -110,6 +112,9 @@ def test_options_of_a_format_stay_with_it():
         ("int4,scale=int8", "scales are float32"),
         ("int4,scale=float4_e2m1fn", "with zero and NaN"),
         ("int4,dorefa", "say 'uint4,dorefa'"),
+        ("uint4,dorefa,reciprocal", "no scale of ours whose reciprocal"),
+        ("mxfp4,reciprocal", "no scale of ours whose reciprocal could be taken; leave out 'reciprocal'"),
+        ("int4,reciprocal,reciprocal", "reciprocal is given twice"),
         ("int4,tanh=2", "alpha, in"),
         ("int4,affine,absmean", "gives a scale"),
         ("int8:full,pow2", "is for the narrow integers; say 'int8'"),

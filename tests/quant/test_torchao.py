@@ -1,4 +1,4 @@
-"""Codes beside those of torchao and bitsandbytes, which multiply by the reciprocal of a scale where we divide by it."""
+"""Codes beside those of torchao and bitsandbytes, which multiply by the reciprocal of a scale; so do we if told."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,8 +24,8 @@ def rows(seed, shape):
     return made
 
 
-def ours(x, bits):
-    stored = quantize(jnp.asarray(x), f"int{bits}@channel,affine", axis=1)
+def ours(x, bits, option="", **given):
+    stored = quantize(jnp.asarray(x), f"int{bits}@channel,affine{option}", axis=1, **given)
     codes = formats.format(f"int{bits}:full").decode(np.asarray(stored.codes))
     return np.asarray(codes, np.int64), np.asarray(stored.scale), np.asarray(stored.zero_point, np.int64)
 
@@ -37,7 +37,10 @@ def far_from_ties(x, scale):
 
 
 def test_check_19_codes_by_reciprocals_differ_at_ties_alone():
-    """300 configurations in numpy's float32: no code differs but where a last place decides a tie, at most .2 %."""
+    """300 configurations in numpy's float32: no code differs but where a last place decides a tie, at most .2 %.
+
+    Quotients are rounded correctly, and products with the reciprocal of a scale are those of "reciprocal".
+    """
     different = total = 0
     for seed in SEEDS:
         for bits in BITS:
@@ -47,7 +50,10 @@ def test_check_19_codes_by_reciprocals_differ_at_ties_alone():
                 qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
                 by_reciprocal = np.clip(np.round(x * (np.float32(1) / scale)).astype(np.int64) + zero, qmin, qmax)
+                correctly = np.float32(x.astype(np.float64) / scale)  # 53 bits are enough for the second rounding
 
+                np.testing.assert_array_equal(codes, np.clip(np.round(correctly).astype(np.int64) + zero, qmin, qmax))
+                np.testing.assert_array_equal(ours(x, bits, ",reciprocal")[0], by_reciprocal)
                 apart = codes != by_reciprocal
                 assert not np.any(apart & far_from_ties(x, scale)), (seed, bits, shape)
                 assert np.abs(codes - by_reciprocal).max() <= 1
@@ -56,7 +62,10 @@ def test_check_19_codes_by_reciprocals_differ_at_ties_alone():
 
 
 def test_check_19_codes_are_those_of_torchao():
-    """The same 300, torchao's own kernels: scales and zero points too, but for a last place of the range's quotient."""
+    """The same 300, torchao's own kernels: scales and zero points too, but for a last place of the range's quotient.
+
+    At torchao's scales and zero points, no code differs from those of "reciprocal".
+    """
     torch = pytest.importorskip("torch", reason="torchao is no dependency")
     primitives = pytest.importorskip("torchao.quantization.quant_primitives", reason="torchao is no dependency")
 
@@ -67,12 +76,12 @@ def test_check_19_codes_are_those_of_torchao():
                 x = rows(seed, shape)
                 codes, scale, zero = ours(x, bits)
                 limits = {"quant_min": -(2 ** (bits - 1)), "quant_max": 2 ** (bits - 1) - 1}
-                block, given = (1, shape[1]), torch.from_numpy(x)
+                block, tensor = (1, shape[1]), torch.from_numpy(x)
 
                 s, z = primitives.choose_qparams_affine(
-                    given, primitives.MappingType.ASYMMETRIC, block, torch.int8, **limits, scale_dtype=torch.float32
+                    tensor, primitives.MappingType.ASYMMETRIC, block, torch.int8, **limits, scale_dtype=torch.float32
                 )
-                q = primitives.quantize_affine(given, block, s, z, torch.int8, **limits).numpy()
+                q = primitives.quantize_affine(tensor, block, s, z, torch.int8, **limits).numpy()
 
                 empty = ~x.any(1)  # torchao's scale of nothing is the smallest normal number, ours is one
                 s, z = s.numpy()[:, None], z.numpy()[:, None]
@@ -82,6 +91,8 @@ def test_check_19_codes_are_those_of_torchao():
                 same = alike & far_from_ties(x, scale)
                 np.testing.assert_array_equal(q[same], codes[same])
                 np.testing.assert_array_equal((q - z)[empty], 0)
+                given = {"scale": jnp.asarray(s), "zero_point": jnp.asarray(z, jnp.float32)}
+                np.testing.assert_array_equal(ours(x, bits, ",reciprocal", **given)[0], q)
                 zeros += empty.sum()
     assert zeros > 0
 
@@ -115,6 +126,7 @@ def test_check_19_nf4_codes_are_those_of_the_formula_of_bitsandbytes():
     codes = np.sum(units[..., None] > np.float32(MIDDLES), -1)
     np.testing.assert_array_equal(np.asarray(stored.codes)[far_from_middles(x)], codes[far_from_middles(x)])
     assert far_from_middles(x).mean() > 0.9999
+    np.testing.assert_array_equal(quantize(jnp.asarray(x), "nf4@channel,reciprocal", axis=1).codes, codes)
     np.testing.assert_array_equal(stored.scale, np.where(amax > 0, amax, 1))
 
 
