@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 from precision_lab.quant.core import Given
-from precision_lab.rewrite import Adapter, is_qtensor
+from precision_lab.rewrite import Adapter, is_qtensor, leaf_names
 
 SCALES = "quantization_scales"  # attribute of a converted NNX model, collection of a Linen model
 LORA, LORA_FACTOR = "lora_adapters", "lora_factor"  # likewise: adapters by path, and the one factor of them all
@@ -42,7 +42,6 @@ def refuse_carried(target: Any, params: Any, what: str) -> None:
     if hasattr(target, CONVERTED) or hasattr(target, SCALES) or (isinstance(params, Mapping) and SCALES in params):
         raise ValueError(f"{what} does not see the static scales of a converted model; {_BEFORE}")
     tree = nnx.to_pure_dict(nnx.state(target, nnx.Param)) if isinstance(target, nnx.Module) else params
-    for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_qtensor):
+    for name, leaf in zip(leaf_names(tree), jax.tree.leaves(tree, is_leaf=is_qtensor), strict=True):
         if is_qtensor(leaf):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(f"{what} needs floating weights, and '{name}' is stored as {leaf.quantizer}; {_BEFORE}")

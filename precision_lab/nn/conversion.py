@@ -28,7 +28,7 @@ from precision_lab.policy import Policy
 from precision_lab.policy.deriving import for_inference
 from precision_lab.ptq import round_to_nearest
 from precision_lab.quant import QTensor, quantize
-from precision_lab.rewrite import UNDER, Use, Uses, call, is_qtensor
+from precision_lab.rewrite import UNDER, Use, Uses, call, is_qtensor, leaf_names
 
 Method = Callable[[jax.Array, Any, tuple[int, ...]], tuple[QTensor, Any]]
 
@@ -233,14 +233,10 @@ def _assembled(target: Any, policy: Policy, calibrated: Calibrated, stored: dict
 
 def replaced(params: Any, stored: Mapping[str, Any]) -> Any:
     """Returns a tree with some of its leaves replaced."""
-    return jax.tree.map_with_path(lambda path, leaf: stored.get(_path(path), leaf), params, is_leaf=is_qtensor)
+    leaves, structure = jax.tree.flatten(params, is_leaf=is_qtensor)
+    return structure.unflatten([stored.get(name, leaf) for name, leaf in zip(leaf_names(params), leaves, strict=True)])
 
 
 def named(params: Any) -> dict[str, Any]:
     """Returns the leaves of params by path, QTensors as leaves."""
-    return {_path(path): leaf for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_qtensor)}
-
-
-def _path(path: Any) -> str:
-    """Writes a pytree path as sites have it."""
-    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+    return dict(zip(leaf_names(params), jax.tree.leaves(params, is_leaf=is_qtensor), strict=True))

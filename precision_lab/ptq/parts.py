@@ -9,7 +9,7 @@ import jax
 from flax import linen, nnx
 
 from precision_lab.nn.pure import require_function
-from precision_lab.rewrite import is_qtensor
+from precision_lab.rewrite import is_qtensor, leaf_names
 
 
 class Parts(NamedTuple):
@@ -72,19 +72,16 @@ def taken_apart(model: Any) -> Parts:
     if not isinstance(target, linen.Module):
         require_function(target)
     tree = given["params"] if isinstance(target, linen.Module) else given
-    return Parts(target, given, {_path(p): leaf for p, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_qtensor)})
+    leaves = jax.tree.leaves(tree, is_leaf=is_qtensor)
+    return Parts(target, given, dict(zip(leaf_names(tree), leaves, strict=True)))
 
 
 def _replaced(tree: Any, params: Mapping[str, Any]) -> Any:
     """Returns a tree with some of its leaves replaced."""
-    return jax.tree.map_with_path(lambda path, leaf: params.get(_path(path), leaf), tree, is_leaf=is_qtensor)
+    leaves, structure = jax.tree.flatten(tree, is_leaf=is_qtensor)
+    return structure.unflatten([params.get(name, leaf) for name, leaf in zip(leaf_names(tree), leaves, strict=True)])
 
 
 def _name(path: Any) -> str:
     """Writes an NNX path as sites have it."""
     return "/".join(map(str, path))
-
-
-def _path(path: Any) -> str:
-    """Writes a pytree path as sites have it."""
-    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")

@@ -30,6 +30,7 @@ from precision_lab.rewrite import (
     call_with_choices,
     choosable,
     harvest,
+    leaf_names,
     trace,
 )
 
@@ -262,8 +263,7 @@ def _costs(target: Any, policies: Sequence[Policy], params: Any, first: Any, fou
     """Returns what the parameters at the sites take under each policy."""
     taken = [bytes_under(target, policy, params, *first) for policy in policies]
     pure = pure_call(target, *arguments(target, params, *first))
-    leaves = jax.tree.leaves_with_path(pure.params)
-    sizes = {jax.tree_util.keystr(tuple(path), simple=True, separator="/"): np.size(leaf) for path, leaf in leaves}
+    sizes = dict(zip(leaf_names(pure.params), map(np.size, jax.tree.leaves(pure.params)), strict=True))
     by_path: dict[str, list[str]] = {}
     for site in found.tables[0]:
         if site.has_parameter and site.name in found.sites:

@@ -15,7 +15,7 @@ from precision_lab.rewrite.choices import Choosable, call_with_alternatives, cal
 from precision_lab.rewrite.harvest import Collector, harvest
 from precision_lab.rewrite.held import Held, StateMark
 from precision_lab.rewrite.marks import OUTPUT, SHADOW, Mark, mark, observing
-from precision_lab.rewrite.parameters import Use, Uses, is_qtensor
+from precision_lab.rewrite.parameters import Use, Uses, is_qtensor, leaf_names
 from precision_lab.rewrite.regions import full_precision
 from precision_lab.rewrite.sites import Site, SiteTable
 
@@ -42,6 +42,7 @@ __all__ = [
     "full_precision",
     "harvest",
     "is_qtensor",
+    "leaf_names",
     "mark",
     "observing",
     "scaled_sites",

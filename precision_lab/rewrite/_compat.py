@@ -33,8 +33,9 @@ JITS = frozenset(("jit", "pjit"))
 REMATS = frozenset(("remat2", "remat", "checkpoint"))
 CUSTOM_RULES = frozenset(("custom_jvp_call", "custom_vjp_call"))
 INLINED = frozenset(("closed_call", "call"))
-LINEAR_SOLVE = "custom_linear_solve"
-ENTERED = JITS | REMATS | CUSTOM_RULES | INLINED | {"scan", "while", "cond", "shard_map", LINEAR_SOLVE}
+LINEAR_SOLVE, CUSTOM_VMAP = "custom_linear_solve", "custom_vmap_call"
+CLOSED = CUSTOM_RULES | {LINEAR_SOLVE, CUSTOM_VMAP}  # what runs inside these is typed for what was traced
+ENTERED = JITS | REMATS | CLOSED | INLINED | {"scan", "while", "cond", "shard_map"}
 
 
 def inner_jaxprs(eqn: Equation) -> list[Inner]:
@@ -57,6 +58,8 @@ def inner_jaxprs(eqn: Equation) -> list[Inner]:
         ]
     if name == "cond":
         return [Inner(branch, tuple(range(1, count))) for branch in params["branches"]]
+    if name == CUSTOM_VMAP:
+        return [Inner(params["call"], tuple(range(count)))]
     if name == LINEAR_SOLVE:
         return _linear_solve_jaxprs(params)
     return []
@@ -209,10 +212,12 @@ def default_precision() -> Any:
 
 
 def rule_may_hold(eqn: Equation, primitives: frozenset[str]) -> bool:
-    """Returns whether the derivative rule of an equation may contain some of `primitives`.
+    """Returns whether the rule of an equation, for derivatives or batches, may contain some of `primitives`.
 
-    A custom_jvp's rule is looked into; a custom_vjp's, or any in a shard_map, cannot be before it is differentiated.
+    A custom_jvp's rule is looked into; others, and any in a shard_map, cannot be before they are called.
     """
+    if eqn.primitive.name == CUSTOM_VMAP:
+        return True
     if eqn.primitive.name not in CUSTOM_RULES:
         return False
     on_mesh = any(not atom.aval.sharding.mesh.empty for atom in eqn.outvars)

@@ -17,7 +17,7 @@ from precision_lab.rewrite.held import Known
 from precision_lab.rewrite.interpreter import evaluate
 from precision_lab.rewrite.marks import observing
 from precision_lab.rewrite.operations import is_castable
-from precision_lab.rewrite.parameters import Parameter, Uses, abstract, is_qtensor
+from precision_lab.rewrite.parameters import Parameter, Uses, abstract, is_qtensor, leaf_names
 from precision_lab.rewrite.plan import Planner
 from precision_lab.rewrite.scaled import Amaxes, scaled_roles
 from precision_lab.rewrite.shadows import with_shadows
@@ -194,9 +194,9 @@ def trace(fn: Callable, params: Any, args: Sequence[Any], kwargs: dict[str, Any]
     own, own_tree = jax.tree.flatten(params, is_leaf=is_qtensor)
     others, other_tree = jax.tree.flatten((args, kwargs))  # QTensors there are trees of arrays like any other
     leaves = own + others
-    paths = [_path(path) for path, _ in jax.tree.leaves_with_path(params, is_leaf=is_qtensor)]
+    names = leaf_names(params)
     given = [_is_array(leaf) for leaf in leaves]
-    origins = [*paths, *[None] * len(others)]
+    origins = [*names, *[None] * len(others)]
     static: list[Any] = []
 
     def over_arrays(*arrays: Any) -> list[Any]:
@@ -229,11 +229,6 @@ def trace_program(fn: Callable, args: Sequence[Any], kwargs: dict[str, Any]) -> 
 def _is_array(leaf: Any) -> bool:
     """Returns whether a leaf is traced; Python scalars, strings and the like stay what they are."""
     return isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, QTensor))
-
-
-def _path(path: Sequence[Any]) -> str:
-    """Writes a pytree path as `blocks/0/att/kernel`."""
-    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
 def require_x64(policy: Policy) -> None:

@@ -22,6 +22,7 @@ from precision_lab.formats import Format, format, round_to
 from precision_lab.policy import Accumulator, Treatment
 from precision_lab.quant.core import Given
 from precision_lab.rewrite import _compat
+from precision_lab.rewrite.batched import batch_of
 from precision_lab.rewrite.bilinear import Layout, Layouts, Matmul, Term, as_matmul, convolution
 from precision_lab.rewrite.held import Numbers, quantized_by, takes_codes
 from precision_lab.rewrite.outliers import Outliers, decomposed
@@ -64,6 +65,7 @@ class Casting:
         that they contract.
       native: whether operands are of the format's dtype; else they are values on its grid in float32.
       outliers: which features are not quantized, None if all are.
+      is_native_only: whether codes have to be multiplied as codes, and not as their values.
     """
 
     compute: Format
@@ -76,6 +78,13 @@ class Casting:
     requantized: tuple[bool, bool]
     native: bool
     outliers: Outliers | None = None
+    is_native_only: bool = False
+
+    @property
+    def sees_whole_arrays(self) -> bool:
+        """Whether what becomes of a number in some operand or gradient depends on others around it."""
+        quantizers = [one.quantizer for one in (*self.operands, self.cotangent) if one.quantizer is not None]
+        return any(q.is_scaled or q.format.kind == "block" or q.rounding == "stochastic" for q in quantizers)
 
     def prepared(self, x: jax.Array, operand: int, axes: tuple[int, ...]) -> jax.Array:
         """Returns an operand as it is multiplied, by a product that contracts `axes` of it."""
@@ -170,6 +179,7 @@ def casting_of(
         requantized=again,  # pyright: ignore[reportArgumentType]
         native=_is_native(treatment, (left, right)),
         outliers=_outliers(treatment, parameters),
+        is_native_only=treatment.execution == "native",
     )
     before = left.quantizer, right.quantizer
     return casting, before if backward == "quantized" and any(before) else None
@@ -362,6 +372,8 @@ def _gradient_of_rhs(cotangent: jax.Array, lhs: jax.Array, rhs: Any, *, op: Any,
 
 def _batched(operands: Any, axes: Any, *, op: Any, how: Casting) -> tuple[jax.Array, int]:
     """Takes the products of a batch at once."""
+    if how.sees_whole_arrays:
+        return _bilinear_product(batch_of(op, operands, axes), how), 0
     term, batch_first = op.batched(*operands, axes)
     return batch_first(_bilinear_product(term, how)), 0
 

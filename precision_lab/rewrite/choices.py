@@ -22,8 +22,6 @@ from precision_lab.rewrite.sites import SiteTable
 from precision_lab.rewrite.steps import Cast, Chosen, Enter, Lookup, Observed, Plan
 
 Build = Callable[[str, Sequence[Any]], Any]
-# What runs inside these is a jaxpr of its own, which takes no further operands such as a choice.
-_CLOSED = _compat.CUSTOM_RULES | {_compat.LINEAR_SOLVE}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +31,8 @@ class Choosable:
     Attributes:
       tables: the sites under each policy.
       sites: names of the sites that have a choice, in program order.
-      kept: names of those that differ too but follow the first policy always: inside custom derivatives, linear solves
-        and conditionals on the platform.
+      kept: names of those that differ too but follow the first policy always: inside custom derivatives and batching
+        rules, linear solves and conditionals on the platform.
     """
 
     tables: tuple[SiteTable, ...]
@@ -156,7 +154,8 @@ class _Walk:
         by_jaxpr = [
             [_nothing(jaxpr) if step is None else step.plans[i] for step in steps] for i, jaxpr in enumerate(jaxprs)
         ]
-        if eqn.primitive.name in _CLOSED or eqn.params.get("branches_platforms"):
+        # What runs inside these is a jaxpr of its own, which takes no further operands such as a choice.
+        if eqn.primitive.name in _compat.CLOSED or eqn.params.get("branches_platforms"):
             apart = _Walk(lambda _, steps: steps[0])
             for jaxpr, plans in zip(jaxprs, by_jaxpr, strict=True):
                 apart.merged(jaxpr, plans)

@@ -9,9 +9,13 @@ import numpy as np
 
 from precision_lab.policy import Treatment
 from precision_lab.policy.treatment import default_accum
+from precision_lab.rewrite import _compat
 from precision_lab.rewrite.operations import CASTABLE
 from precision_lab.rewrite.sites import PRODUCTS
 
+OPAQUE = "policies do not enter this operation"
+# What a reduction or a scatter combines two numbers by is a jaxpr too, but nothing to enter.
+_COMBINERS = ("reduce", "scatter", "select_and", "argmin", "argmax", "cum")
 UNSUPPORTED = frozenset(("ragged_dot_general", "ragged_dot"))
 
 
@@ -32,6 +36,11 @@ def why_not(eqn: Any, treatment: Treatment, asked: bool, default_precision: Any)
     if explicit and not asked and precision != default_precision:
         return f"explicit precision {sorted(explicit)[0]}"
     return ""
+
+
+def is_opaque(eqn: Any) -> bool:
+    """Returns whether an equation runs a function that policies do not enter, such as a kernel of Pallas."""
+    return bool(_compat.hidden_jaxprs(eqn)) and not eqn.primitive.name.startswith(_COMBINERS)
 
 
 def already(eqn: Any, treatment: Treatment) -> bool:

@@ -312,4 +312,4 @@ def _shard_map(eqn: Any, run: Sequence[Callable], given: Values, collector: Coll
 
 _REBUILD = {"scan": _scan, "while": _while, "cond": _cond, "shard_map": _shard_map}
 _REBUILD |= dict.fromkeys(_compat.JITS, _jit) | dict.fromkeys(_compat.REMATS, _remat)
-_REBUILD |= dict.fromkeys(_compat.CUSTOM_RULES, _inline)
+_REBUILD |= dict.fromkeys(_compat.CUSTOM_RULES | {_compat.CUSTOM_VMAP}, _inline)

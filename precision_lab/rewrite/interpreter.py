@@ -17,6 +17,7 @@ from precision_lab.rewrite import _compat
 from precision_lab.rewrite.adapters import adapted, is_matrix
 from precision_lab.rewrite.bilinear import contracted_axes
 from precision_lab.rewrite.cast import PRODUCT, cast_product, layouts_of
+from precision_lab.rewrite.custom_vmap import bind_custom_vmap
 from precision_lab.rewrite.held import require_state
 from precision_lab.rewrite.lookup import looked_up
 from precision_lab.rewrite.marks import OPERANDS, OUTPUT, SHADOW, mark_value
@@ -70,7 +71,7 @@ def _execute(step: Cast | Lookup | Operate | Chosen | Observed | Enter | None, e
     if isinstance(step, Operate):
         return operate(step, eqn, given)
     results = _enter(step, eqn, given)
-    return like_operand(results, given) if step.is_activation else results
+    return rounded(like_operand(results, given) if step.is_activation else results, step.round)
 
 
 def _takes_parameters(step: Any, eqn: Any, given: Values) -> bool:
@@ -127,6 +128,8 @@ def _enter(step: Enter, eqn: Any, given: Values) -> Values:
     given = as_traced(eqn.invars, given)
     if name in _compat.CUSTOM_RULES:
         return _compat.bind_custom_rule(eqn, given, functools.partial(_rewritten, step))
+    if name == _compat.CUSTOM_VMAP:
+        return bind_custom_vmap(eqn, given, functools.partial(_rewritten, step))
     if name == _compat.LINEAR_SOLVE or eqn.params.get("branches_platforms"):
         bind = _compat.bind_linear_solve if name == _compat.LINEAR_SOLVE else _compat.bind_platform_cond
         return bind(eqn, given, [_traced(plan, part.jaxpr) for plan, part in zip(step.plans, parts, strict=True)])

@@ -6,6 +6,7 @@ take its codes; whatever else uses it gets its values.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 from collections.abc import Callable
@@ -211,3 +212,21 @@ def _stack(value: QTensor) -> tuple[int, ...]:
 def abstract(leaf: Any) -> Any:
     """Returns what a function sees of a leaf: of a QTensor the shape and dtype of its values."""
     return jax.ShapeDtypeStruct(shape_of(leaf), leaf.dtype) if isinstance(leaf, QTensor) else leaf
+
+
+def leaf_names(tree: Any) -> list[str]:
+    """Returns the path of each leaf of a tree of parameters as sites have it, such as `blocks/0/att/kernel`.
+
+    The box that Flax puts around an array, as in `nnx.State` or for its sharding, is no part of the path: a leaf called
+    `value` that has no siblings goes by the name of what it is in.
+    """
+    paths = [path for path, _ in jax.tree.leaves_with_path(tree, is_leaf=is_qtensor)]
+    siblings = collections.Counter(_written(path[:-1]) for path in paths)
+    boxed = jax.tree_util.GetAttrKey("value")
+    alone = [path[-1:] == (boxed,) and len(path) > 1 and siblings[_written(path[:-1])] == 1 for path in paths]
+    return [_written(path[:-1] if drop else path) for path, drop in zip(paths, alone, strict=True)]
+
+
+def _written(path: Any) -> str:
+    """Writes a pytree path."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")

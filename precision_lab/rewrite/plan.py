@@ -20,7 +20,7 @@ from precision_lab.policy.ops import ACTIVATIONS
 from precision_lab.rewrite import _compat
 from precision_lab.rewrite.adapters import Adapter, is_matrix
 from precision_lab.rewrite.cast import casting_of, quantizers_of
-from precision_lab.rewrite.equations import UNSUPPORTED, already, describe, flops, why_not
+from precision_lab.rewrite.equations import OPAQUE, UNSUPPORTED, already, describe, flops, is_opaque, why_not
 from precision_lab.rewrite.held import Known, at_site
 from precision_lab.rewrite.lookup import LOOKUP, looks_up_rows
 from precision_lab.rewrite.marks import MARKED, OPERANDS
@@ -33,6 +33,7 @@ from precision_lab.rewrite.steps import Cast, Enter, Lookup, Observed, Plan
 LAYOUT = frozenset(
     ["reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "slice", "dynamic_slice", "rev", "copy"]
 ) | {"copy_p", "convert_element_type", "sharding_constraint", "optimization_barrier", "reduce_precision", MARKED}
+AS_WRITTEN, WHOLE = "as written: ops=products", "has rules of its own: runs as traced"
 CONSTANT = object()  # provenance of what neither parameters nor data have a part in
 Origins = list[Any]
 
@@ -106,7 +107,8 @@ class Planner:
 
     def _is_named(self, site: Site) -> bool:
         """Returns whether an operation is listed though it is no product."""
-        return site.op in UNSUPPORTED | {LOOKUP} or any(rule.matches(*site.names) for rule in self.policy.rules)
+        always = site.op in UNSUPPORTED | {LOOKUP} or site.reason == OPAQUE
+        return always or any(rule.matches(*site.names) for rule in self.policy.rules)
 
     def walk(self, jaxpr: Any, origins: Sequence[Any], scope: str = "") -> tuple[Plan, Origins]:
         """Returns the plan of a jaxpr and the provenance of its outputs.
@@ -143,8 +145,8 @@ class Planner:
             return self._observed(None, sources), unknown
         if name == LOOKUP and _is_path(sources[0]) and looks_up_rows(eqn):
             return self._lookup(eqn, sources, scope), unknown
-        for hidden in _compat.hidden_jaxprs(eqn):
-            self._report_hidden(hidden, scope, name)
+        if is_opaque(eqn):
+            return self._opaque(eqn, scope), [_combined(sources)] * len(eqn.outvars)
         step = self._operation(eqn, None, scope) if self._reaches_operations else None
         return step, [sources[0] if name in LAYOUT else _combined(sources)] * len(eqn.outvars)
 
@@ -174,7 +176,7 @@ class Planner:
         category = treatment.op or (table.get(site.op, "never") if autocast else "never")
         reason = "" if site.op in table or not autocast or treatment.op else "not in the op table: runs as traced"
         if self.policy.ops == "products" and treatment.op is None and treatment.round is None:
-            reason = "as written: ops=products"
+            reason = AS_WRITTEN
         decided = dataclasses.replace(treatment, op=category)
         self.sites.append(dataclasses.replace(site, treatment=None if reason else decided, reason=reason))
         if category == "low" and treatment.compute.name not in CASTABLE:
@@ -185,16 +187,31 @@ class Planner:
             return None
         return Operate(category, treatment.compute, treatment.round)
 
-    def _enter(self, eqn: Any, sources: Origins, scope: str) -> tuple[Enter | None, Origins]:
+    def _opaque(self, eqn: Any, scope: str) -> Operate | None:
+        """Records what policies do not enter, and the products inside it; only its results can be rounded."""
+        for hidden in _compat.hidden_jaxprs(eqn):
+            self._report_hidden(hidden, scope, eqn.primitive.name)
+        site = self._site(eqn, [], scope)
+        treatment = self.policy.at(*site.names)
+        if treatment.round is None or _is_full_precision(scope):
+            self.sites.append(dataclasses.replace(site, reason=OPAQUE))
+            return None
+        self.sites.append(dataclasses.replace(site, treatment=dataclasses.replace(treatment, op="never")))
+        return Operate("never", treatment.compute, treatment.round)
+
+    def _enter(self, eqn: Any, sources: Origins, scope: str) -> tuple[Enter | Operate | None, Origins]:
         """Plans the jaxprs inside an equation."""
         outputs: Origins = [None] * len(eqn.outvars)
+        autocast = self.policy.ops == "autocast" and not _is_full_precision(scope)
+        is_activation = autocast and _compat.function_name(eqn) in ACTIVATIONS
+        whole = self._whole(eqn, scope, is_activation) if eqn.primitive.name in _compat.CLOSED else None
         counts, first = dict(self._counts), len(self.sites)
         plans, of_tangents, operations, scans = [], self._of_tangents, self._reaches_operations, self._scans
         layers = eqn.primitive.name == "scan" and any(map(_is_path, sources[sum(_compat.scan_arity(eqn)) :]))
         self._scans += (layers,) * (eqn.primitive.name == "scan")
         # What a linear solve maps linearly is transposed, like a tangent.
         self._of_tangents |= eqn.primitive.name == _compat.LINEAR_SOLVE
-        if eqn.primitive.name in _compat.CUSTOM_RULES | {_compat.LINEAR_SOLVE}:
+        if eqn.primitive.name in _compat.CLOSED:
             self._reaches_operations = False
         for inner in _compat.inner_jaxprs(eqn):
             plan, returned = self.walk(inner.jaxpr, [None if i is None else sources[i] for i in inner.operands], scope)
@@ -202,11 +219,9 @@ class Planner:
             if eqn.primitive.name not in ("scan", "while", "cond", _compat.LINEAR_SOLVE):
                 outputs = returned
         self._of_tangents, self._reaches_operations, self._scans = of_tangents, operations, scans
-        autocast = self.policy.ops == "autocast" and not _is_full_precision(scope)
-        is_activation = autocast and _compat.function_name(eqn) in ACTIVATIONS
         empty = all(plan.is_empty for plan in plans) and not _compat.rule_may_hold(eqn, PRODUCTS)
         if empty and not is_activation:
-            return None, outputs
+            return whole, outputs
         call, kept = self.sites[first:], []
 
         def replan(jaxpr: Any, part: _compat.Part) -> Plan:
@@ -217,7 +232,22 @@ class Planner:
             plan, kept[:] = planner.walk(jaxpr, origins, scope)
             return plan
 
-        return Enter(tuple(plans), replan, is_activation, layers), outputs
+        return Enter(tuple(plans), replan, is_activation, layers, whole.round if whole else None), outputs
+
+    def _whole(self, eqn: Any, scope: str, is_activation: bool) -> Operate | None:
+        """Decides on the results of a function with rules of its own, for derivatives or batches.
+
+        To policies that reach operations it is one: what its rules compute is not what the function computes inside.
+        """
+        if not self._reaches_operations or not any(is_castable(atom.aval) for atom in eqn.outvars):
+            return None
+        site = self._site(eqn, [], scope)
+        treatment = self.policy.at(*site.names)
+        left = "" if treatment.round or is_activation else WHOLE if self.policy.ops == "autocast" else AS_WRITTEN
+        reason = "full_precision region" if _is_full_precision(scope) else left
+        decided = dataclasses.replace(treatment, op="follow" if is_activation else "never")
+        self.sites.append(dataclasses.replace(site, treatment=None if reason else decided, reason=reason))
+        return None if reason or treatment.round is None else Operate("never", treatment.compute, treatment.round)
 
     def _product(self, eqn: Any, sources: Origins, scope: str) -> Cast | None:
         """Names a product, asks the policy about it and records it as a site."""
@@ -227,6 +257,8 @@ class Planner:
             return None
         treatment = self.policy.at(*site.names) if self._call is None else self._treatment_in_rule(site)
         asked = any(rule.sets("compute") and rule.matches(*site.names) for rule in self.policy.rules)
+        if not self._reaches_operations:  # inside of what is rounded as a whole
+            treatment = dataclasses.replace(treatment, round=None)
         reason = why_not(eqn, treatment, asked, self._default_precision)
         if reason:
             self.sites.append(dataclasses.replace(site, reason=reason))

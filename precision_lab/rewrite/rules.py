@@ -9,6 +9,7 @@ from typing import Any
 from precision_lab.policy import Policy
 from precision_lab.policy.policy import Rule
 from precision_lab.policy.treatment import QUANTIZERS, SETTINGS
+from precision_lab.rewrite import _compat
 from precision_lab.rewrite.lookup import LOOKUP
 from precision_lab.rewrite.sites import Site
 
@@ -38,12 +39,14 @@ def require_every_rule_used(policy: Policy, sites: Sequence[Site]) -> None:
 def acts(site: Site, key: str, value: Any) -> bool:
     """Returns whether a setting has something to act on at a site, or switches something off."""
     by = site.quantized_by
-    if value is None or site.treatment is None or key == "round":
+    if value is None or site.treatment is None:
         return True
+    if key == "round":
+        return site.treatment.round is not None  # None inside of what is rounded as a whole
     if key in OF_OPERANDS:
         return key in by
     if key == "op":
-        return not site.is_product
+        return not site.is_product and (site.op not in _compat.CLOSED or value == site.treatment.op)
     if key == "compute":
         return site.is_product or site.treatment.op == "low"
     if key in ("dgrad", "wgrad"):
@@ -62,12 +65,18 @@ def _require_effect(rule: Rule, sites: Sequence[Site]) -> None:
         if not any(acts(site, *pair) for site in sites for pair in said or [(key, value)]):
             raise ValueError(
                 f"rule '{rule.pattern}' sets {key}={SETTINGS[key].show(value)}, which acts on none of the "
-                f"{len(sites)} sites that it matches: '{sites[0].name}' {_instead(sites[0])}."
+                f"{len(sites)} sites that it matches: '{sites[0].name}' {_instead(sites[0], key)}."
             )
 
 
-def _instead(site: Site) -> str:
-    """Says what a site is and which settings there are for it."""
+def _instead(site: Site, key: str) -> str:
+    """Says what a site is and which settings there are for it, instead of one."""
+    if key == "round":
+        return (
+            "is inside a function with rules of its own, which is rounded as a whole: say **:custom_jvp_call#* or such"
+        )
+    if site.op in _compat.CLOSED:
+        return "has rules of its own, which are typed for what was traced: say round= or leave it out"
     if site.op == LOOKUP and site.quantized_by:
         return "is a lookup of parameters: say embedding= or leave it out"
     if not site.is_product:

@@ -100,12 +100,14 @@ class Enter:
       replan: plans a jaxpr that stands in for the equation's own, such as a derivative rule's, under the same names.
       is_activation: whether its result returns to the type of its operand.
       is_over_layers: whether it is a scan that slices parameters, so that each iteration has quantizers of its own.
+      round: format that the results and their cotangents are rounded to, or None.
     """
 
     plans: tuple[Plan, ...]
     replan: Callable[[Any, _compat.Part], Plan]
     is_activation: bool = False
     is_over_layers: bool = False
+    round: Format | None = None
 
 
 @dataclasses.dataclass(frozen=True)

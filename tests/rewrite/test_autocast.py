@@ -268,3 +268,53 @@ def test_the_table_says_of_an_operation_what_concerns_it_and_cuts_no_setting_off
     assert "".join(line.split("│")[7].strip() for line in printed.splitlines() if "│" in line).startswith(
         product.settings
     )
+
+
+@jax.custom_vjp
+def by_hand(x, w):
+    return jnp.exp(x) @ w
+
+
+by_hand.defvjp(
+    lambda x, w: (by_hand(x, w), (x, w)), lambda kept, ct: (ct @ kept[1].T * jnp.exp(kept[0]), jnp.exp(kept[0]).T @ ct)
+)
+WITH_RULES = {
+    "softplus": lambda x, w: jax.nn.softplus(x),
+    "logaddexp": lambda x, w: jnp.logaddexp(x, 0.1),
+    "custom_vjp": by_hand,
+    "custom_linear_solve": lambda x, w: jax.lax.custom_linear_solve(
+        lambda y: y @ w, x, lambda _, y: y @ jnp.linalg.inv(w), lambda _, y: y @ jnp.linalg.inv(w).T
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WITH_RULES)
+def test_a_function_with_rules_of_its_own_is_rounded_as_one_operation(name):
+    """Its results were not rounded at all, and no table listed it."""
+    fn, policy = WITH_RULES[name], Policy.parse("float32,round=bfloat16")
+    x, w = (jax.random.normal(jax.random.key(seed), (8, 8)) for seed in (0, 1))
+    under = apply_to_function(lambda _, x, w: fn(x, w), policy)
+
+    def bf16(x):
+        return x.astype(jnp.bfloat16).astype(jnp.float32)
+
+    value, back = jax.vjp(lambda x: under((), x, w), x)
+    expected, exact_back = jax.vjp(lambda x: fn(x, w), x)
+
+    np.testing.assert_array_equal(value, bf16(expected))
+    np.testing.assert_array_equal(under((), x, w), value)
+    np.testing.assert_allclose(back(x)[0], exact_back(bf16(x))[0], rtol=1e-5, atol=1e-5)
+    table = sites_of_function(lambda _, x, w: fn(x, w), policy, (), [x, w], {}, everything=True)
+    [listed] = [site for site in table if "custom" in site.op]
+    assert listed.settings == "op=never,round=bfloat16"
+
+
+def test_a_rule_for_what_is_inside_a_function_with_rules_of_its_own_is_refused():
+    x = jnp.eye(8)
+
+    with pytest.raises(ValueError, match=r"sets round=bfloat16, which acts on none .* inside a function with rules"):
+        apply_to_function(lambda p, x: by_hand(x, p["w"]), Policy.parse("float32;w:round=bfloat16"))({"w": x}, x)
+    with pytest.raises(ValueError, match=r"'\*\*:log1p#\*'"):
+        apply_to_function(lambda _, x: jax.nn.softplus(x), Policy.parse("float32;**:log1p#*:round=bfloat16"))((), x)
+    with pytest.raises(ValueError, match=r"matches only sites that cannot be cast .* has rules of its own"):
+        apply_to_function(lambda _, x: jax.nn.softplus(x), AUTOCAST.with_rule("**:custom_jvp_call#*", op="low"))((), x)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.experimental import pallas
 
 from precision_lab.rewrite import _compat
 
@@ -34,12 +35,11 @@ def test_the_operands_of_a_scan_are_told_apart(consts, carry, scanned):
 
 
 def test_an_equation_that_is_not_entered_still_shows_what_it_holds():
-    @jax.custom_batching.custom_vmap
-    def square(a):
-        return a @ a
+    def square(a, out):
+        out[...] = a[...] @ a[...]
 
-    square.def_vmap(lambda size, batched, a: (a @ a, True))
-    eqn = next(e for e in jax.make_jaxpr(square)(jnp.ones((2, 2))).eqns if e.primitive.name == "custom_vmap_call")
+    call = pallas.pallas_call(square, out_shape=jax.ShapeDtypeStruct((2, 2), jnp.float32), interpret=True)
+    eqn = next(e for e in jax.make_jaxpr(call)(jnp.ones((2, 2))).eqns if e.primitive.name == "pallas_call")
 
     assert _compat.inner_jaxprs(eqn) == []
-    assert [e.primitive.name for hidden in _compat.hidden_jaxprs(eqn) for e in hidden.eqns] == ["dot_general"]
+    assert "dot_general" in [e.primitive.name for hidden in _compat.hidden_jaxprs(eqn) for e in hidden.eqns]

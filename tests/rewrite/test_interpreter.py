@@ -1,12 +1,15 @@
 """The rewrite through control flow, custom derivatives and odd signatures."""
 
-import warnings
+import collections
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from flax.core import meta
 from jax import lax
+from jax.experimental import pallas
 
 from precision_lab.policy import Policy
 from precision_lab.rewrite import apply_to_function, sites_of_function
@@ -217,15 +220,69 @@ def test_a_policy_that_reaches_nothing_warns():
         under(jnp.arange(3))
 
 
-def test_products_inside_what_is_not_entered_are_listed():
-    inside = jax.custom_batching.custom_vmap(lambda w, x: x @ w)
-    inside.def_vmap(lambda size, batched, w, x: (x @ w, True))
+def kernel_of_pallas(body):
+    out = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+    return lambda w, x: pallas.pallas_call(body, out_shape=out, interpret=True)(w, x)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        table = sites_of_function(inside, BFLOAT16, operands()[0], operands()[1:], {})
 
-    assert [site.reason for site in table] == ["inside custom_vmap_call, which policies do not enter"]
+def multiply_in_kernel(w, x, out):
+    out[...] = w[...] @ x[...]
+
+
+def add_in_kernel(w, x, out):
+    out[...] = w[...] + x[...]
+
+
+def test_a_kernel_of_pallas_is_listed_with_the_products_inside():
+    one = jnp.ones((4, 4))
+
+    with pytest.warns(UserWarning, match="reaches none of the 1 products"):
+        multiplying = sites_of_function(kernel_of_pallas(multiply_in_kernel), BFLOAT16, one, (one,), {})
+    adding = sites_of_function(kernel_of_pallas(add_in_kernel), BFLOAT16, one, (one,), {})
+
+    opaque = (":pallas_call#0", "policies do not enter this operation")
+    inside = (":dot_general#0", "inside pallas_call, which policies do not enter")
+    assert [(site.name, site.reason) for site in multiplying] == [inside, opaque]
+    assert [(site.name, site.reason) for site in adding] == [opaque]
+
+
+@pytest.mark.parametrize("setting", ["compute=float32", "op=low", "weight=int8@tensor"])
+def test_a_rule_for_a_kernel_of_pallas_is_refused(setting):
+    """op=low cast the operands of a kernel that was written for float32."""
+    under = apply_to_function(kernel_of_pallas(add_in_kernel), Policy.parse(f"c=bf16,o=f32;**:pallas_call#*:{setting}"))
+
+    with pytest.raises(ValueError, match=r"only sites that cannot be cast .*policies do not enter this operation"):
+        under(jnp.ones((4, 4)), jnp.ones((4, 4)))
+
+
+def test_the_results_of_a_kernel_of_pallas_can_be_rounded():
+    third = jnp.full((4, 4), 1 / 3)
+    under = apply_to_function(kernel_of_pallas(add_in_kernel), Policy.parse("float32;**:pallas_call#*:round=bfloat16"))
+
+    assert np.array_equal(under(third, third), (third + third).astype(jnp.bfloat16).astype(jnp.float32))
+
+
+def test_a_function_with_a_batching_rule_is_entered_and_so_is_its_rule():
+    @jax.custom_batching.custom_vmap
+    def linear(w, x):
+        return x @ w
+
+    @linear.def_vmap
+    def _(size, batched, w, x):
+        assert batched == [False, True]
+        return -(x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], -1), True  # so that we see which one ran
+
+    w, x = (jax.random.normal(jax.random.key(3), shape) for shape in ((8, 8), (5, 3, 8)))
+    under = apply_to_function(lambda p, x: linear(p["w"], x), BFLOAT16)
+    rounded = x.astype(jnp.bfloat16).astype(jnp.float32) @ w.astype(jnp.bfloat16).astype(jnp.float32)
+
+    tangent = jax.jvp(lambda w: under({"w": w}, x[0]), (w,), (w,))[1]
+    np.testing.assert_allclose(under({"w": w}, x[0]), rounded[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.vmap(lambda x: under({"w": w}, x))(x), -rounded, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(tangent, rounded[0], rtol=1e-5, atol=1e-5)
+    table = sites_of_function(lambda p, x: linear(p["w"], x), BFLOAT16, {"w": w}, (x[0],), {})
+    assert [site.name for site in table] == ["w"]
+    assert {lhs for lhs, _, _ in products(jax.vmap(lambda x: under({"w": w}, x)), x)} == {"bfloat16"}
 
 
 def test_rules_act_on_the_sites_they_name_and_no_others():
@@ -275,6 +332,23 @@ def test_the_path_of_a_parameter_survives_scans_casts_and_slices():
 
     assert [site.path for site in table] == ["blocks", "table"]
     assert all(site.has_parameter for site in table)
+
+
+def test_the_box_around_a_parameter_is_no_part_of_its_path():
+    """Sites of an `nnx.State` ended in /value; a field of that name beside others still does."""
+    graph, state = nnx.split(nnx.Linear(3, 3, rngs=nnx.Rngs(0)))
+    x, fields = (
+        jnp.ones((2, 3)),
+        collections.namedtuple("Fields", ["query", "value"])(jnp.ones((3, 3)), jnp.ones((3, 3))),
+    )
+
+    boxed = sites_of_function(lambda state, x: nnx.merge(graph, state)(x), BFLOAT16, state, (x,), {})
+    partitioned = sites_of_function(
+        lambda p, x: x @ p["w"].value, BFLOAT16, {"w": meta.Partitioned(x.T, ("a", "b"))}, (x,), {}
+    )
+    field = sites_of_function(lambda p, x: x @ p["a"].value @ p["a"].query, BFLOAT16, {"a": fields}, (x,), {})
+
+    assert [site.name for site in (*boxed, *partitioned, *field)] == ["kernel", "w", "a/value", "a/query"]
 
 
 def test_a_parameter_used_twice_is_two_sites_and_rules_can_tell_them_apart():
