@@ -79,7 +79,8 @@ class RunDir:
         """
         status = self._read_status()
         if status["state"] == "running" and not self.is_locked():
-            recent = time.time() - status.get("heartbeat_unix_s", status["unix_s"]) < heartbeat.GONE_AFTER_S
+            noted = status.get("heartbeat_unix_s", status.get("unix_s", 0.0))
+            recent = time.time() - noted < heartbeat.GONE_AFTER_S
             status["state"] = "running" if self._runs_elsewhere() and recent else "stopped"
         return status
 
