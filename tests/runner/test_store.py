@@ -265,6 +265,12 @@ def test_a_query_that_is_wrong_is_one_line(results):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("sql", ["select 1; select 2", "drop table runs", "", "-- nothing"])
+def test_a_query_is_one_statement_that_gives_rows(results, sql):
+    with pytest.raises(ValueError, match="query: expected one statement that gives rows"):
+        query(OUT, sql)
+
+
 def test_a_query_of_an_empty_folder_has_no_rows(tmp_path):
     (tmp_path / "trials").mkdir()
 
