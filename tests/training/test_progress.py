@@ -106,6 +106,7 @@ def test_of_very_many_runs_at_once_the_steps_of_eight_are_shown():
         for name in names:
             progress.start_run(name, 10, name)
         for step in range(1, 11):
+            time.now += 1.0
             for name in names:
                 progress.step(step, 0.5, name)
         for name in names:
