@@ -88,6 +88,7 @@ def collect(
     """
     from precision_lab.runner.cleaning import delete, old_checkpoints
     from precision_lab.runner.planning import bytes_text
+    from precision_lab.runner.summary import counted
 
     old = old_checkpoints(out, keep_last)
     freed = delete(out, old) if yes else 0
@@ -103,8 +104,7 @@ def collect(
     if yes:
         typer.echo(f"freed {bytes_text(freed)}.")
     else:
-        runs = "1 run" if len(old) == 1 else f"{len(old)} runs"
-        typer.echo(f"{runs}, {bytes_text(total)} to free; nothing was deleted. --yes deletes.")
+        typer.echo(f"{counted(len(old), 'run')}, {bytes_text(total)} to free; nothing was deleted. --yes deletes.")
 
 
 def resume(

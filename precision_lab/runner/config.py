@@ -241,16 +241,15 @@ class ExperimentConfig(BaseModel):
         """Returns the experiment with some of its arms, or with other seeds; claims about other arms go.
 
         The baseline stays with several arms, which are compared with it; a single arm stands alone. Arms that others
-        start from stay too.
+        start from stay too. An arm that a sweep multiplied stands for all that came of it.
 
         Raises:
           ValueError: an arm that is not there.
         """
-        for arm in arms:
-            if arm not in self.arms:
-                raise LocatedError(f"no arm {arm!r} in {self.name}{suggestion(arm, self.arms, what='arms')}")
-        data = self.to_dict()
-        arms = sorted(arms_above(self._runs, {*arms, self.baseline_arm} if len(set(arms)) > 1 else set(arms)))
+        data, chosen = self.to_dict(), {one for arm in arms for one in self._made_of(arm)}
+        if len(set(arms)) > 1:
+            chosen |= {self.baseline_arm, *map(self.baseline_of, chosen)}
+        arms = sorted(arms_above(self._runs, chosen))
         if arms:
             data["arms"] = {name: change for name, change in self.arms.items() if name in arms}
             kept = [claim for claim in self.claims if set(claim.arms_named()) <= set(arms)]
@@ -262,6 +261,15 @@ class ExperimentConfig(BaseModel):
         places = {keys: place for keys, place in self._written.places.items() if keys[:1] not in _RENUMBERED}
         selected = validate(ExperimentConfig, from_python(data), context={"places": places})
         return selected._with_words(self._words)
+
+    def _made_of(self, arm: str) -> list[str]:
+        """Returns an arm, or all that a sweep made of it."""
+        found = [arm] if arm in self.arms else [one for one, point in self.points.items() if point.get("base") == arm]
+        if not found:
+            given = {str(point["base"]) for point in self.points.values() if "base" in point}
+            near = suggestion(arm, [*sorted(given), *self.arms], what="arms")
+            raise LocatedError(f"no arm {arm!r} in {self.name}{near}")
+        return found
 
     def axis(
         self,

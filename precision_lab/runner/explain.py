@@ -1,5 +1,6 @@
 """Validation whose errors are one line: file, line, dotted path, what is wrong and the nearest right word."""
 
+import re
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -26,6 +27,10 @@ _EXPECTED = {
     "too_short": "more items",
 }
 """Pydantic's words for a wrong type, in the words of a config file."""
+
+
+_NAMES = re.compile(r"\^\[A-Za-z0-9\]\[A-Za-z0-9(.*)-\]\*\$")
+"""The pattern of a name, with the signs that it may have."""
 
 
 class LocatedError(ValueError):
@@ -120,7 +125,7 @@ def _known_length(tree: Tree, keys: Keys) -> int:
 def _path(loc: tuple[int | str, ...], data: Any) -> Keys:
     """Returns a pydantic location without the tags of unions and other words that are no keys of the data."""
     keys: list[str | int] = []
-    for position, part in enumerate(loc):
+    for position, part in enumerate(part for part in loc if part != "[key]"):
         last = position == len(loc) - 1
         if isinstance(data, Mapping):
             if part in data:
@@ -157,6 +162,8 @@ def _message(one: Mapping[str, Any], keys: Keys, cls: type[BaseModel], tree: Tre
         return f"unknown value {value!r}{suggestion(value, [word.strip(chr(39)) for word in words])}"
     if kind in _EXPECTED:
         return f"expected {_EXPECTED[kind]}, got {_short(value)}."
+    if kind == "string_pattern_mismatch" and (name := _NAMES.fullmatch(str(context["pattern"]))):
+        return f"a name is letters, digits and {name[1]}-, first a letter or digit; got {_short(value)}."
     message = str(one["msg"])
     return f"{message[:1].lower()}{message[1:]}, got {_short(value)}."
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from precision_lab.runner.summary import counted
 from precision_lab.training.config import RunConfig
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Group:
 
     def __str__(self) -> str:
         """Returns one line."""
-        programs = f"{', '.join(self.arms)}: {self.runs} runs, one program"
+        programs = f"{', '.join(self.arms)}: {counted(self.runs, 'run')}, one program"
         return f"{programs} ({self.reason})" if self.reason else programs
 
 
@@ -65,7 +66,7 @@ def structure_of(config: Any) -> Any:
 def describe(found: list[Group]) -> str:
     """Returns groups as lines for people."""
     total = sum(group.runs for group in found)
-    head = f"{total} runs in {len(found)} compiled program{'s' if len(found) > 1 else ''}"
+    head = f"{counted(total, 'run')} in {counted(len(found), 'compiled program')}"
     return "\n".join([head + ":", *(f"  {group}" for group in found)])
 
 

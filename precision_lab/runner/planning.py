@@ -8,6 +8,7 @@ from precision_lab.runner.config import ExperimentConfig
 from precision_lab.runner.identity import semantic
 from precision_lab.runner.results import Results, read
 from precision_lab.runner.rundir import FINISHED
+from precision_lab.runner.summary import counted
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Outlook:
         experiment = self.results.experiment
         lines = [f"axis {name}: {', '.join(map(str, values))}" for name, values in experiment.axes.items()]
         lines.append(
-            f"{experiment.name}: {len(experiment.arms)} arms, {len(experiment.seeds)} seeds, {self.runs} runs, "
+            f"{experiment.name}: {counted(len(experiment.arms), 'arm')}, {counted(len(experiment.seeds), 'seed')}, "
+            f"{counted(self.runs, 'run')}, "
             f"{self.finished} of them finished; the configuration is valid."
         )
         if self.runs > self.finished:

@@ -58,6 +58,9 @@ def _executed(db: "duckdb.DuckDBPyConnection", sql: str) -> "duckdb.DuckDBPyConn
     import duckdb
 
     try:
+        statements = db.extract_statements(sql)
+        if len(statements) != 1 or duckdb.ExpectedResultType.QUERY_RESULT not in statements[0].expected_result_type:
+            raise ValueError(f"query: expected one statement that gives rows, such as SELECT, got {sql!r}.")
         return db.execute(sql)
     except duckdb.Error as error:
         raise ValueError(f"query: {' '.join(str(error).split())}") from None

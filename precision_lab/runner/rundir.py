@@ -18,6 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from precision_lab.runner import heartbeat
 from precision_lab.runner.atomic import TEMPORARY, json_text, overwrite, read_json, write_json, write_text
 from precision_lab.runner.disk import is_disk_full
 from precision_lab.runner.identity import plain, run_id
@@ -29,12 +30,6 @@ from precision_lab.training import AnyRun
 TRIALS = "trials"
 FINISHED = frozenset({"done", "diverged"})
 """States that the same configuration would reach again; a failed or interrupted run is taken up once more."""
-
-HEARTBEAT_S = 30.0
-"""Seconds between two notes in `status.json` that the run is still going on."""
-
-GONE_AFTER_S = 5 * HEARTBEAT_S
-"""Without a note for so long, a run of another machine, whose locks cannot be seen from here, counts as stopped."""
 
 _POLL_S = 5.0
 
@@ -78,10 +73,15 @@ class RunDir:
         return validate_run(data, places, source=str(path))
 
     def status(self) -> dict[str, Any]:
-        """Returns `status.json`, with state `queued` where there is none and `stopped` where its process is gone."""
+        """Returns `status.json`, with state `queued` where there is none and `stopped` where its process is gone.
+
+        Of a run of another machine that is told by the clocks of both: good enough to look at, not to take it up.
+        """
         status = self._read_status()
-        if status["state"] == "running" and not self.is_busy():
-            status["state"] = "stopped"
+        if status["state"] == "running" and not self.is_locked():
+            noted = status.get("heartbeat_unix_s", status.get("unix_s", 0.0))
+            recent = time.time() - noted < heartbeat.GONE_AFTER_S
+            status["state"] = "running" if self._runs_elsewhere() and recent else "stopped"
         return status
 
     def _read_status(self) -> dict[str, Any]:
@@ -93,12 +93,22 @@ class RunDir:
         """Returns whether some process, here or on another machine, is executing the run now."""
         return self.is_locked() or self._runs_elsewhere()
 
+    def held_by(self) -> str:
+        """Returns in words who executes a run that is busy."""
+        if self.is_locked():
+            return "which another process is running"
+        host = self._read_status().get("host")
+        return (
+            f"which {host} may be running: it is taken up once nothing is heard of it for {heartbeat.GONE_AFTER_S:g} s"
+        )
+
     def _runs_elsewhere(self) -> bool:
-        """Returns whether another machine noted not long ago that it executes the run."""
+        """Returns whether another machine noted that it executes the run, unless that note has stayed the same."""
         status = self._read_status()
         if status["state"] != "running" or status.get("host") in (None, socket.gethostname()):
             return False
-        return time.time() - status.get("heartbeat_unix_s", status["unix_s"]) < GONE_AFTER_S
+        note = tuple(status.get(key) for key in ("host", "pid", "attempt", "unix_s", "heartbeat_unix_s"))
+        return heartbeat.unchanged_s(self.path.absolute(), note) < heartbeat.GONE_AFTER_S
 
     def env(self) -> dict[str, Any]:
         """Returns the fingerprint of the machine that made the last attempt, empty before the first."""
@@ -220,7 +230,7 @@ class RunDir:
 
     def _beat(self, over: threading.Event) -> None:
         """Renews the heartbeat until it is over."""
-        while not over.wait(HEARTBEAT_S):
+        while not over.wait(heartbeat.HEARTBEAT_S):
             try:
                 self._write_status(**{**self._read_status(), "heartbeat_unix_s": round(time.time(), 3)})
             except OSError:  # A full disk, or a file server that is away: the run itself will say so.

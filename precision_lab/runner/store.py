@@ -247,9 +247,11 @@ def entry(run: RunDir) -> dict[str, Any]:
     try:
         status, summary = run.status(), run.summary()
         row |= {name: status.get(name) for name in ("state", "attempt", "error", "unix_s")}
-        row |= {"step": summary.get("step", status.get("step")), "duration_s": summary.get("duration_s")}
         row |= {key: _cell(value) for key, value in _config(run).items() if key not in _FIXED}
-        last = summary.get("metrics") or {name: one.values[-1] for name, one in run.series().items()}
+        series = {} if summary.get("metrics") else run.series()
+        reached = max((one.steps[-1] for one in series.values()), default=status.get("step"))
+        row |= {"step": summary.get("step", reached), "duration_s": summary.get("duration_s")}
+        last = summary.get("metrics") or {name: one.values[-1] for name, one in series.items()}
         row |= {name: _number(value) for name, value in sorted(last.items())}
     except (OSError, ValueError) as error:
         row |= {"state": "unreadable", "error": " ".join(str(error).split())}

@@ -19,6 +19,11 @@ TIMELINES = ("train/loss_scale", "train/skipped_steps", "train/zero_grad_fractio
 """What training logs about the numbers themselves; shown where some run logged it."""
 
 
+def counted(count: int, noun: str) -> str:
+    """Returns `1 run`, or `2 runs`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def varied(results: "Results") -> dict[str, dict[str, Any]]:
     """Returns for each arm the dotted keys in which it differs from the baseline, and its values there.
 

@@ -23,10 +23,13 @@ from precision_lab.training.state import TrainState
 _lane: ContextVar[tuple[Lockstep, int] | None] = ContextVar("lane", default=None)
 
 
-def in_lane(program: Any) -> Any:
-    """Returns a `Program`, whose step is that of all lanes where the caller runs in one."""
+def in_lane(program: Any, structure: Any) -> Any:
+    """Returns the `Program` of a structure, whose step is that of all lanes where the caller runs in one."""
     found = _lane.get()
-    return program if found is None else program._replace(step=functools.partial(found[0].step, found[1], program.step))
+    if found is None:
+        return program
+    lockstep, lane = found
+    return program._replace(step=functools.partial(lockstep.step, lane, structure, program.step))
 
 
 class Lockstep:
@@ -41,6 +44,7 @@ class Lockstep:
         self._places: dict[int, int] = {}  # of each lane in the stack
         self._stack: Any = None
         self._numbers: Any = None
+        self._structure: Any = None
         self._step: Any = None
         self._measured: _Measured | None = None
         self._error: BaseException | None = None
@@ -57,16 +61,21 @@ class Lockstep:
                 self._running.discard(number)
                 self._condition.notify_all()
 
-    def step(self, lane: int, step: Callable[..., Any], state: Any, batch: Any, numbers: Any) -> tuple[Any, Any]:
+    def step(
+        self, lane: int, structure: Any, step: Callable[..., Any], state: Any, batch: Any, numbers: Any
+    ) -> tuple[Any, Any]:
         """Returns what `step(state, batch, numbers)` does, once all lanes that still run have called this.
 
+        Steps of one structure do the same, whether or not they are one object.
+
         Raises:
-          ValueError: it is not the step of the other lanes.
+          ValueError: its structure is not that of the other lanes.
           Exception: what the step of all lanes raised, in each of them.
         """
         with self._condition:
-            self._step = self._step or step
-            if step is not self._step:
+            if self._step is None:
+                self._structure, self._step = structure, step
+            if structure != self._structure:
                 self._error = self._error or ValueError(
                     "runs that share no program cannot take their steps at once; make them in turn."
                 )

@@ -20,7 +20,7 @@ from precision_lab.training.checkpointing import Checkpoints
 from precision_lab.training.config import RunConfig
 from precision_lab.training.evaluation import check_evaluations, evaluate, under_other_policies, weight_errors
 from precision_lab.training.lockstep import alone, in_lane
-from precision_lab.training.numbers import hyper
+from precision_lab.training.numbers import hyper, static_part
 from precision_lab.training.once import once
 from precision_lab.training.placement import Placement, check_placement
 from precision_lab.training.program import Program, check_program, program_for
@@ -112,7 +112,7 @@ def train(
     dataset = _dataset(config.data)  # pyright: ignore[reportArgumentType] (frozen: hashable)
     placement = Placement(config)
     whole = program_for(config, dataset.spec)
-    program = in_lane(placement.program(whole))
+    program = in_lane(placement.program(whole), static_part(config))
     batches = data.batches(dataset, config.data, config.seed)
     with Checkpoints(checkpoint_dir, config) as checkpoints:
         restored = checkpoints.restore(program.state_shapes)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 _LINE_EVERY_S = 30.0
 _LINE_EVERY_SHARE = 0.1
+_LINE_LEAST_S = 1.0
 _BAR_EVERY_S = 0.1
 _CELL_EVERY_S = 0.5
 _CELL_ENDED = 20
@@ -73,13 +74,16 @@ class View(Protocol):
 
 
 class LinesView:
-    """Plain lines without control characters: one per tenth of a run or half a minute, and one at its end."""
+    """Plain lines without control characters: one per tenth of a run or half a minute, and one at its end.
+
+    Of what takes no more than a second nothing is told but its beginning and its end.
+    """
 
     def __init__(self, write: Callable[[str], None] | None = None, now: Callable[[], float] = time.monotonic) -> None:
         """Writes to `write`, by default lines to standard error."""
         self._write = write or (lambda line: print(line, file=sys.stderr, flush=True))
         self._now = now
-        self._next: dict[Clock, tuple[float, float]] = {}
+        self._next: dict[Clock, tuple[float, float, float]] = {}
 
     def open(self, total_runs: int) -> None:
         """Nothing to open."""
@@ -91,8 +95,9 @@ class LinesView:
 
     def update(self, clock: Clock) -> None:
         """Writes a line if one is due; the last step is left to `end`."""
-        next_step, next_time = self._next[clock]
-        if (clock.done >= next_step or self._now() >= next_time) and clock.done < clock.total:
+        next_step, soonest, latest = self._next[clock]
+        now = self._now()
+        if ((clock.done >= next_step and now >= soonest) or now >= latest) and clock.done < clock.total:
             self._write(f"  {clock}")
             self._set_next(clock)
 
@@ -106,8 +111,9 @@ class LinesView:
         """Nothing to close."""
 
     def _set_next(self, clock: Clock) -> None:
-        share = _LINE_EVERY_SHARE * clock.total
-        self._next[clock] = ((clock.done // max(share, 1e-9) + 1) * share, self._now() + _LINE_EVERY_S)
+        share, now = _LINE_EVERY_SHARE * clock.total, self._now()
+        next_step = (clock.done // max(share, 1e-9) + 1) * share
+        self._next[clock] = next_step, now + _LINE_LEAST_S, now + _LINE_EVERY_S
 
 
 class BarsView:

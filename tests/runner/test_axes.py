@@ -219,6 +219,21 @@ def test_seeds_of_an_experiment_can_be_counted():
     assert parse_seeds("0,2..4") == [0, 2, 3, 4]
 
 
+def test_selecting_a_given_arm_selects_all_that_the_sweep_made_of_it():
+    swept = load(
+        {"optim.lr": [0.1, 0.2]}, arms={"a": {}, "b": {"policy": "bfloat16_mixed"}, "c": {"start": {"arm": "b"}}}
+    )
+
+    assert list(swept.select(arms=["b"]).arms) == ["b,lr=0.1", "b,lr=0.2"]
+    assert list(swept.select(arms=["c"]).arms) == ["b,lr=0.1", "b,lr=0.2", "c,lr=0.1", "c,lr=0.2"]
+    several = swept.select(arms=["a", "b"])
+    assert list(several.arms) == ["a,lr=0.1", "a,lr=0.2", "b,lr=0.1", "b,lr=0.2"]
+    one = swept.select(arms=["b,lr=0.2", "b,lr=0.1"])
+    assert [one.baseline_of(arm) for arm in ("b,lr=0.1", "b,lr=0.2")] == ["a,lr=0.1", "a,lr=0.2"]
+    with pytest.raises(ValueError, match="no arm 'bb' in toy; did you mean 'b'"):
+        swept.select(arms=["bb"])
+
+
 def test_selecting_an_arm_of_a_sweep_keeps_its_point(config):
     found = runner.load(config(), arms=["bits=4,size=8+10,lr=0.003"])
 

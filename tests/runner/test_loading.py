@@ -58,6 +58,7 @@ MISTAKES = [
     ("train: {steps: 10}", "train: 10", r"c.yaml:6: train: expected a mapping of keys to values, got 10\."),
     ("train: {steps: 10}\n", "", r"c.yaml: train: required, and missing\."),
     ("arms:", "armz:", r"c.yaml:7: armz: unknown key; did you mean 'arms'\?.*"),
+    ("  sgd:", "  s gd:", r"c.yaml:\d+: arms.s gd: a name is letters, digits and _.@\+=,-, first .*; got 's gd'\..*"),
     ("policy: float32", "policy: flaot32", r"c.yaml:8: arms.float32.policy: .*'flaot32'.*'float32'.*"),
     ("policy: float32", 'policy: "params=float16,params=float32"', r"c.yaml:8: arms.float32.policy: .*twice.*"),
     ("policy: float32", "polcy: float32", r"c.yaml:8: arms.float32.polcy: unknown key; did you mean 'policy'\?"),

@@ -5,10 +5,11 @@ import sys
 import textwrap
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from precision_lab.runner import load, rundir
+from precision_lab.runner import heartbeat, load, rundir
 from precision_lab.runner.atomic import write_text
 from precision_lab.runner.rundir import BusyError, RunDir, all_runs, run_dir
 from tests.runner.fakes import EXPERIMENT
@@ -144,8 +145,51 @@ def test_a_run_whose_process_is_gone_counts_as_stopped(tmp_path):
     assert run.status()["state"] == "stopped"
 
 
-def test_a_run_of_another_machine_is_its_own_as_long_as_its_heart_beats(tmp_path, monkeypatch):
-    """Locks of another machine cannot be seen on many file servers."""
+@pytest.fixture
+def clock(monkeypatch):
+    """The monotonic clock of this process, moved by hand."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(heartbeat, "_now", lambda: clock.now)
+    return clock
+
+
+@pytest.mark.parametrize("ahead_s", [0, -86400, 86400])
+def test_a_run_of_another_machine_is_its_own_as_long_as_its_heart_beats(tmp_path, monkeypatch, clock, ahead_s):
+    """Locks of another machine cannot be seen on many file servers, and its clock may be wrong by a day."""
+    run, now = run_dir(tmp_path, CONFIG), time.time()
+
+    def elsewhere(act):
+        with monkeypatch.context() as there:
+            there.setattr(rundir.socket, "gethostname", lambda: "elsewhere")
+            there.setattr(rundir.time, "time", lambda: now + clock.now + ahead_s)
+            return act()
+
+    def start():
+        with run.claim(CONFIG, wait=False):
+            run.start({})
+
+    def beat():
+        run._write_status(**{**run._read_status(), "heartbeat_unix_s": rundir.time.time()})
+
+    elsewhere(start)
+    for _ in range(10):
+        assert run.is_busy()
+        with pytest.raises(BusyError), run.claim(CONFIG, wait=False):
+            pytest.fail("was claimed twice")
+        clock.now += heartbeat.HEARTBEAT_S
+        elsewhere(beat)
+    assert run.held_by().startswith("which elsewhere may be running")
+
+    assert run.is_busy()
+    clock.now += heartbeat.GONE_AFTER_S - 1
+    assert run.is_busy()
+    clock.now += 1
+    assert not run.is_busy()
+    with run.claim(CONFIG, wait=False):
+        assert run.start({}) == 2
+
+
+def test_who_looks_is_told_by_the_clock_whether_another_machine_still_runs(tmp_path, monkeypatch):
     run, now = run_dir(tmp_path, CONFIG), time.time()
     monkeypatch.setattr(rundir.socket, "gethostname", lambda: "elsewhere")
     with run.claim(CONFIG, wait=False):
@@ -153,17 +197,12 @@ def test_a_run_of_another_machine_is_its_own_as_long_as_its_heart_beats(tmp_path
     monkeypatch.undo()
 
     assert run.status()["state"] == "running"
-    with pytest.raises(BusyError), run.claim(CONFIG, wait=False):
-        pytest.fail("was claimed twice")
-
-    monkeypatch.setattr(rundir.time, "time", lambda: now + rundir.GONE_AFTER_S + 1)
+    monkeypatch.setattr(rundir.time, "time", lambda: now + heartbeat.GONE_AFTER_S + 1)
     assert run.status()["state"] == "stopped"
-    with run.claim(CONFIG, wait=False):
-        assert run.start({}) == 2
 
 
 def test_the_heart_beats_while_a_run_goes_on_and_not_after(tmp_path, monkeypatch):
-    monkeypatch.setattr(rundir, "HEARTBEAT_S", 0.01)
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_S", 0.01)
     run = run_dir(tmp_path, CONFIG)
     with run.claim(CONFIG, wait=False):
         run.start({})

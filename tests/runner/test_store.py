@@ -50,6 +50,18 @@ def test_the_index_holds_what_the_directories_hold(results):
     assert found == {}
 
 
+def test_a_run_that_was_killed_is_as_far_as_its_record(results):
+    run = all_runs(OUT)[0]
+    (run.path / "summary.json").unlink()
+    (run.path / "status.json").write_text('{"state": "running", "attempt": 1, "unix_s": 0}')
+    record = run.path / "metrics.jsonl"
+    record.write_text("".join(line for line in record.open() if json.loads(line)["step"] <= 5))
+
+    (row,) = (row for row in rows() if row["run_id"] == run.id)
+
+    assert (row["state"], row["step"]) == ("stopped", 5)
+
+
 def test_an_index_that_was_deleted_comes_back_with_the_same_rows(results):
     before = rows()
 
@@ -251,6 +263,12 @@ def test_a_query_that_is_wrong_is_one_line(results):
         query(Path("nowhere"), "select 1")
 
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("sql", ["select 1; select 2", "drop table runs", "", "-- nothing"])
+def test_a_query_is_one_statement_that_gives_rows(results, sql):
+    with pytest.raises(ValueError, match="query: expected one statement that gives rows"):
+        query(OUT, sql)
 
 
 def test_a_query_of_an_empty_folder_has_no_rows(tmp_path):

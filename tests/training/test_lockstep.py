@@ -13,7 +13,7 @@ import pytest
 from precision_lab.training import loop
 from precision_lab.training.checkpointing import Checkpoints
 from precision_lab.training.lockstep import Lockstep, _vmapped
-from precision_lab.training.program import program_for
+from precision_lab.training.program import _build, program_for
 from precision_lab.training.structure import structural_differences
 from tests.training.runs import MemorySink, config, run
 
@@ -186,6 +186,26 @@ def test_runs_that_cannot_be_stacked_are_refused_and_the_reason_is_known(change,
         assert isinstance(result, ValueError)
         assert "share no program" in str(result)
     assert re.match(reason, "; ".join(structural_differences(config(**change), config(**one))))
+
+
+def test_lanes_whose_program_was_made_anew_between_them_go_together(monkeypatch):
+    """As in a group of more runs than programs are kept, each of which begins from a run of a program of its own."""
+    making = threading.Lock()
+
+    def made_anew(config, spec):
+        with making:
+            _build.cache_clear()
+            return program_for(config, spec)
+
+    monkeypatch.setattr(loop, "program_for", made_anew)
+    changes = [{"seed": 0, "train": {"steps": 3}}, {"seed": 1, "train": {"steps": 3}}]
+
+    results, sinks = group(changes)
+
+    monkeypatch.undo()
+    for each, result, sink in zip(changes, results, sinks, strict=True):
+        assert result.step == 3, result
+        assert_close(sink, run(**each)[1], rtol=1e-4, atol=1e-6)
 
 
 def test_a_lane_that_is_left_before_its_first_step_is_not_waited_for():

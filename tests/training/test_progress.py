@@ -60,7 +60,7 @@ def test_a_resumed_run_counts_its_own_steps_only():
 
 
 def test_lines_come_every_tenth_of_a_run():
-    lines = lines_of(1000, seconds_per_step=0.001)
+    lines = lines_of(1000, seconds_per_step=0.1)
 
     assert lines[0] == "[1/2] arm, seed 0: 1000 steps (compiling first)"
     assert [line.split(",")[1].strip() for line in lines[1:-1]] == [
@@ -76,12 +76,18 @@ def test_lines_come_every_half_minute_of_a_slow_run():
     assert all("\x1b" not in line and "\r" not in line and "\n" not in line for line in lines)
 
 
+def test_a_run_of_a_second_has_no_lines_but_its_first_and_its_last():
+    assert len(lines_of(1000, seconds_per_step=0.00099)) == 2
+    assert len(lines_of(1000, seconds_per_step=0.0025)) == 2 + 2, "at 1.0 and at 2.0 s"
+
+
 def test_runs_that_go_on_at_once_are_told_apart():
     time, lines = Time(), []
     with RunProgress(2, view=LinesView(lines.append, time)) as progress:
         progress.start_run("first", 10, "a")
         progress.start_run("second", 1000, "b")
         for step in range(1, 10):
+            time.now += 1.0
             progress.step(step, 0.5, "a")
             progress.step(step, 0.25, "b")
         progress.end_run("done", "b")
@@ -100,6 +106,7 @@ def test_of_very_many_runs_at_once_the_steps_of_eight_are_shown():
         for name in names:
             progress.start_run(name, 10, name)
         for step in range(1, 11):
+            time.now += 1.0
             for name in names:
                 progress.step(step, 0.5, name)
         for name in names:

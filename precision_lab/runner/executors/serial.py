@@ -16,7 +16,7 @@ def execute(pending: Sequence[Planned], context: Context) -> None:
     while (found := order.take()) is not None:
         one, wait = found
         if wait and one.run.is_busy():
-            context.say(f"waiting for {one.label} ({one.run.id}), which another process is running.")
+            context.say(f"waiting for {one.label} ({one.run.id}), {one.run.held_by()}.")
         try:
             _execute(one, context, wait=wait)
         except BusyError:
