@@ -31,6 +31,18 @@ def _dtypes(eqn: Any) -> tuple[str, str, str]:
     return lhs, rhs, str(np.dtype(accum))
 
 
+_COMPILED: dict[Any, Any] = {}
+
+
+def result_of(fn: Callable, *args: Any) -> Any:
+    """Returns what `jax.jit(fn)` gives; programs of the same text, in whatever test, are compiled once."""
+    lowered = jax.jit(fn).lower(*args)
+    key = lowered.as_text(), lowered.in_tree, lowered.out_tree
+    if key not in _COMPILED:
+        _COMPILED[key] = lowered.compile()
+    return _COMPILED[key](*args)
+
+
 def assert_same_bits(actual: Any, expected: Any) -> None:
     """Asserts that two pytrees have the same structure, dtypes and bits; NaN equals NaN."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)

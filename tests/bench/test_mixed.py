@@ -18,19 +18,26 @@ from precision_lab.bench import mixed, report
 from precision_lab.bench.arms import PROBLEMS, SMALL, arms
 from precision_lab.bench.interleaved import Timing, time_alternating
 from precision_lab.cli import bench
+from tests.jaxprs import result_of
 
 FLOAT32 = ("float32", "policy float32", "observed every step", "observed when=, looking", "observed when=, not looking")
 BFLOAT16 = ("policy bfloat16_mixed", "policy bfloat16_autocast", "jmp bfloat16", "Flax dtype=bfloat16")
 PRODUCTS = ("dot_general", "conv_general_dilated")
 
 
-@pytest.fixture(scope="module")
-def result():
-    jax.config.update("jax_disable_most_optimizations", True)  # no time is asserted, and compiling takes half of it
-    try:
-        yield mixed.run(model="transformer", rounds=3, budget_s=0.01, small=True)
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+@pytest.fixture(scope="module", params=["stand-ins", pytest.param("compiled", marks=pytest.mark.slow)])
+def result(request):
+    """The benchmark as it is, and with calls that do nothing in the place of compiled steps."""
+    with pytest.MonkeyPatch.context() as patched:
+        if request.param == "stand-ins":
+            patched.setattr(mixed, "call_of", lambda arm: lambda: time.sleep(1e-4))
+            patched.setattr(mixed, "compiled_anew", lambda traced: time.sleep(1e-4))
+            patched.setattr(mixed, "traced_anew", lambda arm: time.sleep(1e-4))
+        jax.config.update("jax_disable_most_optimizations", True)  # no time is asserted, and compiling takes half of it
+        try:
+            yield mixed.run(model="transformer", rounds=3, budget_s=0.01, small=True)
+        finally:
+            jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
@@ -66,7 +73,7 @@ def traced_products(arm):
 def test_float32_arms_have_the_loss_and_the_parameters_of_the_plain_step_bit_for_bit(model):
     made = {name: arms(SMALL[model])[name]() for name in ("float32", "policy float32", "observed every step")}
 
-    after = {name: jax.jit(arm.step)(arm.state, arm.batch) for name, arm in made.items()}
+    after = {name: result_of(arm.step, arm.state, arm.batch) for name, arm in made.items()}
 
     state, loss, _ = after.pop("float32")
     for name, (other, other_loss, _) in after.items():

@@ -35,15 +35,29 @@ round_traced = jax.jit(lambda x, params, rounding: round_to(x, params, rounding=
 round_any = jax.jit(lambda x, params, mode, bits: round_to(x, params, rounding=mode, bits=bits))
 
 
+def rounded_in_one_program(fmts, inputs, **options):
+    """Rounds each input to its format, all compiled at once, which takes half as long as one by one."""
+    return jax.jit(lambda xs: [round_to(x, fmt, **options) for fmt, x in zip(fmts, xs, strict=True)])(inputs)
+
+
+def has_overflow(fmt, overflow):
+    try:
+        overflow_action(fmt, overflow)
+    except ValueError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("rounding", DETERMINISTIC)
 @pytest.mark.parametrize("subnormals", ["flush", "denormals_are_zero", "round"])
 def test_every_way_with_subnormals_matches_the_oracle(subnormals, rounding):
-    for fmt in FLOATS:
-        x = hard_float32(fmt, 1024)
+    inputs = [hard_float32(fmt, 1024) for fmt in FLOATS]
+    for fmt, x in zip(FLOATS, inputs, strict=True):
         x[:200] = np.random.default_rng(0).uniform(-2, 2, 200) * fmt.min_normal
 
-        rounded = round_to(x, fmt, rounding=rounding, subnormals=subnormals)
+    every = rounded_in_one_program(FLOATS, inputs, rounding=rounding, subnormals=subnormals)
 
+    for fmt, x, rounded in zip(FLOATS, inputs, every, strict=True):
         assert_same_numbers(rounded, oracle.round_to(x, fmt, rounding=rounding, subnormals=subnormals))
         if subnormals != "round" or fmt in OWN_SUBNORMALS:
             assert_same_numbers(round_traced(x, fmt.params(subnormals=subnormals), rounding), rounded)
@@ -77,15 +91,12 @@ def test_a_tie_between_zero_and_the_smallest_normal_number_goes_away_if_asked():
 @pytest.mark.parametrize("rounding", DETERMINISTIC)
 @pytest.mark.parametrize("overflow", OVERFLOWS)
 def test_every_overflow_matches_the_oracle(overflow, rounding):
-    for fmt in ROUNDABLE:
-        try:
-            overflow_action(fmt, overflow)
-        except ValueError:
-            continue
-        x = hard_float32(fmt, 512)
+    known = [fmt for fmt in ROUNDABLE if has_overflow(fmt, overflow)]
+    inputs = [hard_float32(fmt, 512) for fmt in known]
 
-        rounded = round_to(x, fmt, rounding=rounding, overflow=overflow)
+    every = rounded_in_one_program(known, inputs, rounding=rounding, overflow=overflow)
 
+    for fmt, x, rounded in zip(known, inputs, every, strict=True):
         assert_same_numbers(rounded, oracle.round_to(x, fmt, rounding=rounding, overflow=overflow))
 
 
@@ -250,9 +261,12 @@ def test_what_traced_parameters_cannot_say_is_refused():
 
 def test_no_line_of_the_package_computes_with_inexact_exponent_functions():
     """XLA's exp2 and log2 are inexact and frexp differs between versions (see the kernel's docstring)."""
-    banned = {"log2", "exp2", "ldexp", "frexp", "float_power"}
+    banned = {"log2", "exp2", "ldexp", "frexp", "float_power", "power", "pow"}
 
     for path in Path(formats.__file__).parent.parent.rglob("*.py"):
-        tokens = [token.string for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline)]
+        text = path.read_text()
+        if not any(name in text for name in banned):
+            continue  # reading a whole package token by token takes seconds
+        tokens = [token.string for token in tokenize.generate_tokens(io.StringIO(text).readline)]
         called = {name for dot, name in itertools.pairwise(tokens) if dot == "."}
-        assert not called & (banned | {"power", "pow"}), path
+        assert not called & banned, path

@@ -1,5 +1,7 @@
 """Training by policy: at every site the values, gradients and states of `quantize_with_state`, wherever the site is."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,15 +63,16 @@ def test_a_site_is_quantized_as_the_functions_of_one_array_say(policy):
     step = jax.jit(qat.value_and_grad(loss))
     states = (init_state(weight, W, axis=0), init_state(activation, X, axis=1))
 
+    def expected(params, learned, states, batch):
+        known = [each._replace(learned=own) for each, own in zip(states, learned, strict=True)]
+        return by_hand(weight, activation, params, known, batch, train=True, momentum=0.3)
+
+    of_arrays = jax.jit(jax.value_and_grad(expected, (0, 1), has_aux=True))
     for batch in (X, 2 * X, X[::-1] / 3):
         (value, (grads, of_learned)), state = step(params, state, batch)
 
-        def expected(params, learned, states=states, batch=batch):
-            known = [each._replace(learned=own) for each, own in zip(states, learned, strict=True)]
-            return by_hand(weight, activation, params, known, batch, train=True, momentum=0.3)
-
         learned = tuple(each.learned for each in states)
-        (wanted, states), (dw, dl) = jax.value_and_grad(expected, (0, 1), has_aux=True)(params, learned)
+        (wanted, states), (dw, dl) = of_arrays(params, learned, states, batch)
         assert_close(value, wanted)
         assert_close(grads, dw, atol=1e-4)
         assert_close({"rhs": of_learned.get("w", {}).get("rhs", {})}, {"rhs": dl[0]}, atol=1e-3)
@@ -115,7 +118,7 @@ def test_check_14_the_gradient_of_a_clip_sums_over_what_is_clipped():
 def test_nothing_is_quantized_before_the_delay_and_nothing_moves_after_the_freeze():
     qat = pl.QAT("weight=int2@channel,lsq,activation=int4@tensor,ema,attention=int4@tensor", delay=2, freeze=3)
     state = qat.init(loss, {"w": W}, X)
-    step, values, grads = qat.value_and_grad(loss), [], []
+    step, values, grads = jax.jit(qat.value_and_grad(loss)), [], []
 
     for n in range(5):
         (value, (_, learned)), state = step({"w": W}, state, (n + 1) * X)
@@ -213,13 +216,13 @@ def test_a_branch_that_is_not_taken_keeps_its_state():
 def test_a_batch_of_states_is_each_of_them():
     qat = pl.QAT(LSQ)
     params = {"w": jnp.stack([W, 2 * W])}
-    state = jax.vmap(lambda p: qat.init(product, p, X))(params)
+    state = jax.jit(jax.vmap(lambda p: qat.init(product, p, X)))(params)
 
-    outs, after = jax.vmap(qat.apply(product), in_axes=(0, 0, None))(params, state, X)
+    outs, after = jax.jit(jax.vmap(qat.apply(product), in_axes=(0, 0, None)))(params, state, X)
 
+    by_itself = jax.jit(lambda one: qat.apply(product)(one, qat.init(product, one, X), X))
     for n in range(2):
-        one = {"w": params["w"][n]}
-        out, alone = qat.apply(product)(one, qat.init(product, one, X), X)
+        out, alone = by_itself({"w": params["w"][n]})
         assert_close(outs[n], out)
         assert_close(jax.tree.map(lambda leaf, n=n: leaf[n], after), alone)
 
@@ -297,10 +300,12 @@ def test_two_bits_learn_digits_better_with_a_learned_step():
         hidden = jax.nn.relu(x @ params["in"])
         return optax.softmax_cross_entropy_with_integer_labels(hidden @ params["out"], y).mean()
 
+    tx = optax.adam(3e-3)
+
+    @functools.partial(jax.jit, static_argnums=(0, 2))  # one program for both seeds
     def trained(policy, params, steps):
         qat = None if policy is None else pl.QAT(policy)
         state = qat.init(cross_entropy, params, x, y) if qat else {"learned": {}}
-        tx = optax.adam(3e-3)
         moving = (params, state["learned"])
 
         def step(carry, _):
@@ -313,9 +318,8 @@ def test_two_bits_learn_digits_better_with_a_learned_step():
             updates, opt = tx.update(grads, opt)
             return (optax.apply_updates((params, learned), updates), state, opt), value
 
-        run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=steps))
-        (moving, _, _), losses = run((moving, state, tx.init(moving)))
-        return moving[0], float(losses[-10:].mean())
+        (moving, _, _), losses = jax.lax.scan(step, (moving, state, tx.init(moving)), length=steps)
+        return moving[0], losses[-10:].mean()
 
     for seed in range(2):
         keys = jax.random.split(jax.random.key(seed))

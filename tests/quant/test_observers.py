@@ -24,7 +24,7 @@ def observed(spec, batches, axis=None, **options):
     obs = observer(spec, axis=axis, **options)
     state = obs.init(batches[0].shape)
     for batch in batches:
-        state = jax.jit(obs.update)(state, batch)
+        state = obs.update(state, batch)  # compiled once for each quantizer and shape
     return obs, state
 
 

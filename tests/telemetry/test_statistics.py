@@ -153,10 +153,15 @@ def test_merging_parts_gives_the_whole():
     x = jnp.where(jnp.abs(x) > 1e30, jnp.float32(1), x)
     parts = [x[:17], x[17:2000], x[2000:]]
 
-    whole = tensor_stats(x, "float8_e5m2")
-    a, b, c = (tensor_stats(part, "float8_e5m2") for part in parts)
+    stats = jax.jit(lambda x: tensor_stats(x, "float8_e5m2"))
 
-    for merged in (merge(merge(a, b), c), merge(c, merge(b, a)), merge(empty(a), merge(a, merge(b, c)))):
+    @jax.jit
+    def ways(a, b, c):
+        return merge(merge(a, b), c), merge(c, merge(b, a)), merge(empty(a), merge(a, merge(b, c)))
+
+    whole = stats(x)
+
+    for merged in ways(*map(stats, parts)):
         for name in ("counts", "amax", "amin", "exponent", "nonfinite", "overflowed", "flushed"):
             assert_same_bits(getattr(merged, name), getattr(whole, name))
         for name in ("squares", "total"):
@@ -208,8 +213,9 @@ def test_many_tensors_at_once_are_the_same_as_one_by_one(fmt):
 
     together = jax.jit(lambda xs: stats_of_many([(x, fmt) for x in xs], 100))(arrays)
 
+    one_by_one = jax.jit(lambda x: tensor_stats(x, fmt, limit=100))
     for found, x in zip(together, arrays, strict=True):
-        alone = tensor_stats(x, fmt, limit=100)
+        alone = one_by_one(x)
         for name in ("counts", "amax", "amin", "exponent", "nonfinite", "overflowed", "flushed"):
             assert_same_bits(getattr(found, name), getattr(alone, name))
         for name in ("total", "squares", "noise"):

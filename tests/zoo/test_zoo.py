@@ -17,7 +17,8 @@ from tests.jaxprs import assert_same_bits, products
 from tests.zoo.zoo import INPUTS, LEFT_ALONE, Program, build, program
 
 MODELS = [(kind, name) for kind in ("linen", "nnx") for name in INPUTS]
-every_model = pytest.mark.parametrize(("kind", "name"), MODELS, ids="-".join)
+# Of module scope: all tests of one model stand together, so that two workers do not both compile it.
+every_model = pytest.mark.parametrize(("kind", "name"), MODELS, ids="-".join, scope="module")
 # These programs run once: what they compute is the point, not how fast.
 COMPILER = {"compiler_options": {"xla_backend_optimization_level": 0}}
 
