@@ -12,6 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 
 from precision_lab.formats.containers import as_float, as_word
 from precision_lab.formats.kernel import below, is_negative, signs_of, with_sign
@@ -44,6 +45,12 @@ def adder(layout: Layout, a: Any, fmt: Format, *, shift: Any = 0) -> Any:
     return as_float(jnp.maximum(a & layout.word(layout.inf), lowest) + to_power)
 
 
+def _adder_of_integers(layout: Layout, fmt: Format) -> Any:
+    """Returns the one power of two that `adder` gives for all magnitudes of an integer format, as a NumPy scalar."""
+    exponent = fmt.min_exponent + layout.mantissa_bits - fmt.mantissa_bits
+    return layout.word((exponent + layout.bias) << layout.mantissa_bits).view(f"f{layout.bits // 8}")
+
+
 def round_by_adder(layout: Layout, bits: Any, fmt: Format, p: FormatParams) -> Any:
     """Returns the same bits as `kernel.round_bits` with "nearest_even", for subnormals "keep" and "flush".
 
@@ -66,12 +73,13 @@ def round_by_adder(layout: Layout, bits: Any, fmt: Format, p: FormatParams) -> A
             special = jnp.maximum(a, inf) | p.quiet
         else:
             special = jnp.where(_up_to(layout, a, p.finite), p.overflow, a | p.quiet)
-    power = adder(layout, zero if fmt.kind == "int" else m, fmt)
+    power = adder(layout, m, fmt) if fmt.kind != "int" else _adder_of_integers(layout, fmt)
     # XLA would make (m + c) - c into m, but for the choice in between, which costs nothing: it is made again below.
-    r = as_word(jnp.where(fits, as_float(m) + power, as_float(m)) - power)
+    near = as_float(m)
+    r = as_word(lax.select(fits, near + power, near) - power)
     if p.flush != zero:
         r = jnp.where(below(layout, r, p.flush), zero, r)
-    return with_sign(layout, jnp.where(fits, r, special), sign, p)
+    return with_sign(layout, lax.select(fits, r, special), sign, p)
 
 
 def _up_to(layout: Layout, a: Any, last: Any) -> Any:

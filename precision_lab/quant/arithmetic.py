@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from precision_lab import formats
 from precision_lab.formats import round_to
@@ -27,18 +28,20 @@ def divide(x: Any, scale: Any) -> jax.Array:
       x: float32 array or number.
       scale: float32 array or number that broadcasts with `x`.
     """
+    known = isinstance(scale, np.generic) and bool(scale != 0)
     x, scale = jnp.asarray(x, jnp.float32), jnp.asarray(scale, jnp.float32)
     shape = jnp.broadcast_shapes(x.shape, scale.shape)
     numerator = jnp.broadcast_to(x, shape)
     # Were `x` a constant, XLA would know that no value is NaN; behind a barrier it does not.
-    fixed = jax.lax.optimization_barrier(jax.lax.stop_gradient(numerator))
-    return numerator / jnp.where(jnp.isnan(fixed), fixed, jnp.where(scale == 0, np.float32(1), scale))
+    fixed = lax.optimization_barrier(lax.stop_gradient(numerator))
+    usable = scale if known else jnp.where(scale == 0, np.float32(1), scale)
+    return lax.div(numerator, lax.select(lax.ne(fixed, fixed), fixed, jnp.broadcast_to(usable, shape)))
 
 
 def multiply(values: Any, scale: Any) -> jax.Array:
     """Returns `values * scale`, rounded to float32 whatever it is added to afterwards."""
     product = values * scale
-    return jnp.where(jnp.isnan(product), np.float32(np.nan), product)
+    return lax.select(lax.ne(product, product), lax.full_like(product, np.nan), product)
 
 
 def widen(x: jax.Array) -> jax.Array:

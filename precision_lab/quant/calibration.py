@@ -69,6 +69,8 @@ def find_range(x: jax.Array, tiles: Tiles, whole: Range, qz: Quantizer, n: Quant
             found = Range(-threshold, threshold)
         case "aciq" | "aciq_normal":
             found = tiles.reduce(x, lambda part, axes: _aciq(part, axes, qz, n))
+        case _ if isinstance(n.clip, np.generic) and n.clip == 1:
+            return whole
         case _:
             found = whole
     return Range(

@@ -12,7 +12,7 @@ import numpy as np
 from precision_lab.formats import round_to_blocks
 from precision_lab.quant import checks
 from precision_lab.quant.arithmetic import narrow
-from precision_lab.quant.core import Given, products, quantize_parts
+from precision_lab.quant.core import Given, Parts, products, quantize_parts
 from precision_lab.quant.estimators import with_gradient
 from precision_lab.quant.numbers import QuantizerParams, static_params
 from precision_lab.quant.options import is_integer_grid
@@ -60,8 +60,25 @@ def fake_quantize(
         negative values for an unsigned format without zero point (unless `x` is traced, when they become zero), or
         under "raise" a NaN, an infinity, or a traced `x`.
     """
+    given = Given(scale, zero_point, offset)
+    options: dict[str, Any] = {"axis": axis, "key": key, "params": params, "on_nonfinite": on_nonfinite}
+    return fake_quantize_parts(x, qz, given, with_parts=False, **options)[0]
+
+
+def fake_quantize_parts(
+    x: Any,
+    qz: Any,
+    given: Given,
+    *,
+    axis: int | tuple[int, ...] | None = None,
+    key: jax.Array | None = None,
+    params: QuantizerParams | None = None,
+    on_nonfinite: str = "nan",
+    with_parts: bool = True,
+) -> tuple[jax.Array, Parts | None]:
+    """Returns what `fake_quantize` does, and the parts that it is made of, as constants; None of a block format."""
     qz = quantizer(qz)
-    x, given = checks.checked(x, qz, key, Given(scale, zero_point, offset))
+    x, given = checks.checked(x, qz, key, given)
     checks.refuse_nonfinite(x, on_nonfinite)
     grids = qz.format.kind == "float" and params is not None and params.format is not None
     if params is not None and not (grids or is_integer_grid(qz.format)):
@@ -69,17 +86,28 @@ def fake_quantize(
     if qz.format.kind == "block":
         axes = checks.block_axes(x.shape, qz, axis)
         rounded = round_to_blocks(jax.lax.stop_gradient(x), qz.format, axis=axes, rounding=qz.rounding, key=key)
-        return with_gradient(rounded, x, None, None, given, qz, None)
+        return with_gradient(rounded, x, None, None, given, qz, None), None
     tiles = Tiles.of(x.shape, qz.granularity, axis)
     checks.check_shapes(given, tiles, qz)
-    return _fake(x, given, params, key, qz, tiles)
+    return _fake(x, given, params, key, qz, tiles, with_parts)
 
 
-@partial(jax.jit, static_argnums=(4, 5), inline=True)
-def _fake(x: jax.Array, given: Given, params: Any, key: Any, qz: Quantizer, tiles: Tiles) -> jax.Array:
-    """Returns `x` quantized, with its gradient."""
-    n = static_params(qz) if params is None else jax.tree.map(jnp.asarray, params)
+@partial(jax.jit, static_argnums=(4, 5, 6), inline=True)
+def _fake(
+    x: jax.Array, given: Given, params: Any, key: Any, qz: Quantizer, tiles: Tiles, with_parts: bool
+) -> tuple[jax.Array, Parts | None]:
+    """Returns `x` quantized, with its gradient, and its parts if they are asked for."""
     fixed, fixed_given = jax.lax.stop_gradient((x, given))
-    parts = quantize_parts(fixed, tiles, fixed_given, qz, n, key)
-    value = narrow(products(parts, tiles), np.dtype(x.dtype))
-    return with_gradient(value, x, parts, tiles, given, qz, n)
+    n = static_params(qz) if params is None else jax.tree.map(jnp.asarray, params)
+    value, parts = _quantized(fixed, fixed_given, params, key, qz, tiles)
+    return with_gradient(value, x, parts, tiles, given, qz, n), parts if with_parts else None
+
+
+@partial(jax.jit, static_argnums=(4, 5))
+def _quantized(
+    x: jax.Array, given: Given, params: Any, key: Any, qz: Quantizer, tiles: Tiles
+) -> tuple[jax.Array, Parts]:
+    """Returns `x` quantized, and its parts; called rather than inlined, so that it is traced and lowered once."""
+    n = static_params(qz) if params is None else jax.tree.map(jnp.asarray, params)
+    parts = quantize_parts(x, tiles, given, qz, n, key)
+    return narrow(products(parts, tiles), np.dtype(x.dtype)), parts

@@ -157,8 +157,13 @@ def sharded(eqn: Equation, body: Callable[..., tuple[list[Any], Any]]) -> Callab
 
 def varying(tree: Any) -> Any:
     """Returns arrays as values that may differ between the devices of the shard_map being traced, if there is one."""
-    axes = tuple(jax.sharding.get_abstract_mesh().manual_axes)
-    return jax.tree.map(lambda leaf: jax.lax.pcast(leaf, axes, to="varying"), tree) if axes else tree
+    axes = jax.sharding.get_abstract_mesh().manual_axes
+
+    def vary(leaf: Any) -> Any:
+        new = tuple(axis for axis in axes if axis not in jax.typeof(leaf).manual_axis_type.varying)
+        return jax.lax.pcast(leaf, new, to="varying") if new else leaf
+
+    return jax.tree.map(vary, tree) if axes else tree
 
 
 def consts_of(jaxpr: Jaxpr) -> Sequence[Any]:

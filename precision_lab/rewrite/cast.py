@@ -28,7 +28,14 @@ from precision_lab.rewrite.held import Numbers, quantized_by, takes_codes
 from precision_lab.rewrite.outliers import Outliers, decomposed
 from precision_lab.rewrite.packed import block_rows, product_in_blocks
 from precision_lab.rewrite.parameters import dense, is_stored
-from precision_lab.rewrite.quantized import NOTHING_GIVEN, Codes, codes_of, fake_quantized, have_codes, why_no_codes
+from precision_lab.rewrite.quantized import (
+    NOTHING_GIVEN,
+    Codes,
+    fake_quantized,
+    fake_quantized_and_codes,
+    have_codes,
+    why_no_codes,
+)
 
 PRODUCT = "policy_product"  # what our products go by, as functions and as a primitive
 NATIVE = frozenset(("float16", "bfloat16", "float32", "float64"))
@@ -281,10 +288,10 @@ def _product_of_quantized(
         and (rows := block_rows(operands[1]))
     ):
         return _product_in_blocks(_values(*sides[0]), operands[1], rows, how)
-    values = [_values(*side) for side in sides]
     if how.codes is None or not layouts.op.takes_codes() or not all(map(takes_codes, given)):
-        return product_of(Term(layouts.op, *values), plain)
-    return _with_derivative(layouts.op, plain, how)(*values, *(part for side in sides for part in _codes(*side)))
+        return product_of(Term(layouts.op, *(_values(*side) for side in sides)), plain)
+    values, codes = zip(*(_values_and_codes(*side) for side in sides), strict=True)
+    return _with_derivative(layouts.op, plain, how)(*values, *(part for each in codes for part in each))
 
 
 def _product_in_blocks(x: jax.Array, weight: Any, rows: int, how: Casting) -> jax.Array:
@@ -303,14 +310,14 @@ def _values(x: Any, quantizer: Any, axes: tuple[int, ...], layout: Layout, given
     return x if quantizer is None else quantized_by(x, quantizer, axes, given)
 
 
-def _codes(x: Any, quantizer: Any, axes: tuple[int, ...], layout: Layout, given: Given | Numbers) -> Codes:
-    """Returns the codes of an operand and their scales, in the shape in which they are multiplied."""
+def _values_and_codes(
+    x: Any, quantizer: Any, axes: tuple[int, ...], layout: Layout, given: Given | Numbers
+) -> tuple[jax.Array, Codes]:
+    """Returns the values of an operand, its codes and their scales, in the shape in which they are multiplied."""
     if is_stored(x):
-        return Codes(*map(layout, x.codes()))
-    x = lax.stop_gradient(layout(dense(x)))
-    if isinstance(given, Numbers):
-        return codes_of(x, quantizer, axes, given.given, given.params)
-    return codes_of(x, quantizer, axes, given)
+        return layout(x.values()), Codes(*map(layout, x.codes()))
+    known, params = (given.given, given.params) if isinstance(given, Numbers) else (given, None)
+    return fake_quantized_and_codes(layout(dense(x)), quantizer, axes, known, params)
 
 
 @functools.lru_cache(maxsize=4096)

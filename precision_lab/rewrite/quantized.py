@@ -11,6 +11,7 @@ import numpy as np
 from precision_lab.formats.randomness import GOLDEN, hashed
 from precision_lab.quant import QTensor, Quantizer, QuantizerParams, fake_quantize
 from precision_lab.quant.core import Given, quantize_parts
+from precision_lab.quant.fake import fake_quantize_parts
 from precision_lab.quant.numbers import static_params
 from precision_lab.quant.tiles import Tiles
 
@@ -45,6 +46,20 @@ def fake_quantized(
     """
     x = x.astype(jnp.float32)
     return fake_quantize(x, quantizer, axis=axes, key=key_for(x, quantizer), params=params, **given._asdict())
+
+
+def fake_quantized_and_codes(
+    x: jax.Array,
+    quantizer: Quantizer,
+    axes: tuple[int, ...],
+    given: Given = NOTHING_GIVEN,
+    params: QuantizerParams | None = None,
+) -> tuple[jax.Array, Codes]:
+    """Returns what `fake_quantized` and `codes_of` do, quantizing once; of the two the first has gradients."""
+    x = x.astype(jnp.float32)
+    value, parts = fake_quantize_parts(x, quantizer, given, axis=axes, key=key_for(x, quantizer), params=params)
+    assert parts is not None  # block formats have no codes to multiply
+    return value, Codes(parts.values.astype(code_dtype(quantizer)), parts.scale)
 
 
 def codes_of(

@@ -86,10 +86,8 @@ def observed(
       fn: function of pytrees that calls a model or function under a policy (`apply_policy`; "float32" changes nothing),
         whose sites are observed, or values marked by `mark`.
       roles, limit, rounding, per_layer: as in `observe`; by default cheap, from a sample of each tensor.
-      when: from the same arguments to a traced truth value; if it is false nothing is computed and the observation
-        is empty. All of `fn` is then inside a conditional, where XLA's CPU compiler leaves the convolutions of weight
-        gradients in a form that is a hundred times slower: for convolutional networks on a CPU, choose between two
-        compiled steps instead.
+      when: from the same arguments to a traced truth value; if it is false nothing is looked at and the observation
+        is empty.
 
     Raises (when called):
       ValueError: nothing inside is observed; or the result is differentiated, see `harvest`.
@@ -99,15 +97,8 @@ def observed(
     def wrapper(*args: Any, **kwargs: Any) -> tuple[Any, Observation]:
         with observing(()):
             traced = trace_program(fn, args, kwargs)
-        looking = functools.partial(
-            _harvested, traced, roles=roles, limit=limit, rounding=rounding, per_layer=per_layer
-        )
-        if when is None:
-            out, observation = looking(traced.arrays)
-        else:
-            like = jax.eval_shape(lambda arrays: looking(arrays)[1], traced.arrays)
-            blind = functools.partial(_blind, traced, like)
-            out, observation = jax.lax.cond(when(*args, **kwargs), looking, blind, traced.arrays)
+        look = None if when is None else when(*args, **kwargs)
+        out, observation = _harvested(traced, traced.arrays, roles, limit, rounding, per_layer, look)
         return traced.rebuild(out), observation
 
     return wrapper
@@ -141,14 +132,20 @@ def _is_float(leaf: Any) -> bool:
 
 
 def _harvested(
-    traced: Traced, arrays: Sequence[Any], roles: Sequence[str], limit: int | None, rounding: bool, per_layer: bool
+    traced: Traced,
+    arrays: Sequence[Any],
+    roles: Sequence[str],
+    limit: int | None,
+    rounding: bool,
+    per_layer: bool,
+    look: Any = None,
 ) -> tuple[list[Any], Observation]:
     """Returns the outputs of a traced function and the observation."""
     if unknown := set(roles) - set(ROLES):
         raise ValueError(f"unknown role '{min(unknown)}'; roles are {', '.join(ROLES)}.")
 
     def measure(pairs: Sequence[tuple[Mark, jax.Array]]) -> list[TensorStats]:
-        return stats_of_many([(x, mark.fmt if rounding else None) for mark, x in pairs], limit)
+        return stats_of_many([(x, mark.fmt if rounding else None) for mark, x in pairs], limit, look)
 
     out, found = harvest(
         traced.jaxpr, arrays, Collector(lambda mark: mark.role in roles, measure, merge, empty, per_layer)
@@ -159,13 +156,6 @@ def _harvested(
             "'float32') inside the function, or mark(x, name)."
         )
     return out, Observation(list(found.values()), list(found), rounding)
-
-
-def _blind(traced: Traced, like: Observation, arrays: Sequence[Any]) -> tuple[list[Any], Observation]:
-    """Returns the outputs of a traced function and an empty observation."""
-    nothing = Collector(lambda _: False, lambda _: (), lambda a, _: a, lambda a: a)
-    out, _ = harvest(traced.jaxpr, arrays, nothing)
-    return out, Observation([empty(stats) for stats in like.stats], like.marks, like.rounded)
 
 
 def run_under(

@@ -23,6 +23,7 @@ from jax import lax
 
 from precision_lab import formats
 from precision_lab.formats import Format
+from precision_lab.rewrite import _compat
 
 # Bins: zero; the binades of float32's magnitudes, the lowest first; infinite; NaN.
 MIN_EXPONENT, MAX_EXPONENT = -149, 127
@@ -101,33 +102,70 @@ def tensor_stats(x: jax.Array, fmt: Any = None, *, limit: int | None = None) -> 
     )
 
 
-def stats_of_many(tensors: Sequence[tuple[jax.Array, Any]], limit: int | None) -> list[TensorStats]:
+def stats_of_many(
+    tensors: Sequence[tuple[jax.Array, Any]], limit: int | None, look: jax.Array | None = None
+) -> list[TensorStats]:
     """Returns the statistics of (array, format) pairs; the same as `tensor_stats` of each.
 
     Under a limit the samples of all tensors are rows of one array and counted at once, which takes a few kernels for
     all in place of some dozen for each.
+
+    Args:
+      tensors: the pairs.
+      limit: as in `tensor_stats`.
+      look: truth value, traced or not; if it is false nothing is looked at, and the statistics are of no elements.
     """
-    if limit is None:
-        return [tensor_stats(x, fmt) for x, fmt in tensors]
     found: dict[int, TensorStats] = {}
     for fmt in dict.fromkeys(fmt for _, fmt in tensors):
         rows = [i for i, (x, other) in enumerate(tensors) if other == fmt and x.dtype != jnp.float64]
-        found |= zip(rows, _rows_stats([tensors[i][0] for i in rows], fmt, limit), strict=True)
-    return [found[i] if i in found else tensor_stats(x, fmt, limit=limit) for i, (x, fmt) in enumerate(tensors)]
+        if limit is not None and len(rows) > 1:
+            found |= zip(rows, _rows_stats([tensors[i][0] for i in rows], fmt, limit, look), strict=True)
+
+    def alone(x: jax.Array, fmt: Any) -> TensorStats:
+        return _if_looking(look, lambda x: tensor_stats(x, fmt, limit=limit), lambda _: nothing(), x)
+
+    return [found[i] if i in found else alone(x, fmt) for i, (x, fmt) in enumerate(tensors)]
 
 
-def _rows_stats(arrays: Sequence[jax.Array], fmt: Any, limit: int) -> list[TensorStats]:
+def _rows_stats(arrays: Sequence[jax.Array], fmt: Any, limit: int, look: jax.Array | None) -> list[TensorStats]:
     """Returns the statistics of arrays whose samples are padded with zeros to one length, which are not counted."""
-    if len(arrays) < 2:
-        return [tensor_stats(x, fmt, limit=limit) for x in arrays]
-    samples = [thinned(x, limit).ravel() for x in arrays]
-    length = max(sample.size for sample in samples)
-    spare = np.array([length - sample.size for sample in samples], np.uint32)
-    rows = jnp.stack([jnp.pad(_exact_float32(s), (0, int(n))) for s, n in zip(samples, spare, strict=True)])
-    stats = jax.vmap(lambda row: tensor_stats(row, fmt))(rows)
-    bad = jnp.stack([_any_nonfinite(x) if x.size > limit else jnp.zeros((), bool) for x in arrays])
-    stats = stats._replace(counts=stats.counts.at[:, ZERO, 0].add(-spare), nonfinite=stats.nonfinite | bad)
-    return [TensorStats(*(leaf[i] for leaf in stats)) for i in range(len(arrays))]
+    distinct = {id(x): x for x in arrays}  # the input of several products is read once
+    known = {key: _sample(x, limit, look) for key, x in distinct.items()}
+    samples = [known[id(x)] for x in arrays]
+
+    def counted(samples: Sequence[tuple[jax.Array, jax.Array]]) -> list[TensorStats]:
+        length = max(sample.size for sample, _ in samples)
+        spare = np.array([length - sample.size for sample, _ in samples], np.uint32)
+        rows = jnp.stack([jnp.pad(sample, (0, int(n))) for (sample, _), n in zip(samples, spare, strict=True)])
+        stats = jax.vmap(lambda row: tensor_stats(row, fmt))(rows)
+        bad = stats.nonfinite | jnp.stack([bad for _, bad in samples])
+        stats = stats._replace(counts=stats.counts.at[:, ZERO, 0].add(-spare), nonfinite=bad)
+        return [TensorStats(*(leaf[i] for leaf in stats)) for i in range(len(samples))]
+
+    return _if_looking(look, counted, lambda samples: [nothing() for _ in samples], samples)
+
+
+def _sample(x: jax.Array, limit: int, look: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Returns the elements of an array that are looked at, float32, and whether any other is infinite or NaN.
+
+    An array that is larger than its sample has a conditional of its own, so that it need not be kept until the samples
+    of others are there.
+    """
+
+    def some(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _exact_float32(thinned(x, limit).ravel()), _any_nonfinite(x) if x.size > limit else jnp.zeros((), bool)
+
+    def none(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.zeros(thinned(x, limit).size, jnp.float32), jnp.zeros((), bool)
+
+    return _if_looking(look if x.size > limit else None, some, none, x)
+
+
+def _if_looking(look: jax.Array | None, some: Callable, none: Callable, x: Any) -> Any:
+    """Returns `some(x)` if a truth value is true or there is none, else `none(x)`, of the same shapes."""
+    if look is None:
+        return some(x)
+    return lax.cond(look, lambda x: _compat.varying(some(x)), lambda x: _compat.varying(none(x)), x)
 
 
 def merge(a: TensorStats, b: TensorStats) -> TensorStats:
@@ -152,12 +190,26 @@ def merge(a: TensorStats, b: TensorStats) -> TensorStats:
     )
 
 
+def nothing() -> TensorStats:
+    """Returns the statistics of no elements."""
+    words, zero = jnp.zeros(2, jnp.uint32), jnp.zeros((), jnp.float32)
+    return TensorStats(
+        counts=jnp.zeros((BINS, 2), jnp.uint32),
+        amax=zero,
+        amin=jnp.full((), jnp.inf, jnp.float32),
+        exponent=jnp.asarray(_LEAST_UNIT),
+        total=zero,
+        squares=zero,
+        nonfinite=jnp.zeros((), bool),
+        noise=zero,
+        overflowed=words,
+        flushed=words,
+    )
+
+
 def empty(like: TensorStats) -> TensorStats:
     """Returns the statistics of no elements, which change nothing when merged, of the shapes of `like`."""
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
-    return zeros._replace(
-        amin=jnp.full(like.amin.shape, jnp.inf, jnp.float32), exponent=jnp.full(like.exponent.shape, _LEAST_UNIT)
-    )
+    return jax.tree.map(lambda leaf, own: jnp.broadcast_to(leaf, own.shape), nothing(), like)
 
 
 def thinned(x: jax.Array, limit: int | None) -> jax.Array:

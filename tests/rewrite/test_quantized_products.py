@@ -165,11 +165,11 @@ def test_native_execution_of_what_no_hardware_multiplies_is_refused(spec, messag
         under(dense, f"{spec},execution=native")(*OPERANDS)
 
 
-@pytest.mark.parametrize(("execution", "times"), [("simulated", 1), ("native", 2)])
-def test_operands_are_rounded_to_their_grid_and_to_nothing_else(execution, times):
+@pytest.mark.parametrize("execution", ["simulated", "native"])
+def test_operands_are_rounded_to_their_grid_and_to_nothing_else(execution):
     """Rounding to float32 changes nothing, but hid transposes from XLA: a simulated step took 1.45 times float32.
 
-    Under native execution codes are rounded beside the values that the backward products multiply.
+    Under native execution codes are rounded once for the forward product and the values that the backward ones take.
     """
     w, x = OPERANDS
     fn = under(dense, f"{W8A8},execution={execution}")
@@ -179,7 +179,7 @@ def test_operands_are_rounded_to_their_grid_and_to_nothing_else(execution, times
 
     once = bit_casts(lambda w, x: (fake_quantize(w, "int8@channel", axis=0), fake_quantize(x, "int8@token", axis=1)))
 
-    assert bit_casts(lambda w, x: value_and_grads(fn, w, x)) == times * once > 0
+    assert bit_casts(lambda w, x: value_and_grads(fn, w, x)) == once > 0
 
 
 def test_weight_only_quantization_leaves_the_other_operand_in_the_compute_format():

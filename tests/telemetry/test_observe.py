@@ -13,7 +13,7 @@ from precision_lab.nn import apply_policy
 from precision_lab.policy import Policy
 from precision_lab.rewrite import apply_to_function, mark, trace_program
 from precision_lab.telemetry import Reading, observe, observed, tensor_stats, tree_stats
-from tests.jaxprs import assert_same_bits
+from tests.jaxprs import assert_same_bits, equations
 
 X = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
 W = np.random.default_rng(1).normal(size=(3, 4, 4)).astype(np.float32)
@@ -164,6 +164,44 @@ def test_when_is_asked_at_every_step():
 
     assert counts == [X.size, 0, 0, X.size]
     assert_same_bits(jax.jit(step)({"w": W[0]}, X, 1)[0], jax.jit(loss)({"w": W[0]}, X))
+
+
+@pytest.mark.parametrize("per_layer", [True, False])
+@pytest.mark.parametrize("limit", [None, 10])
+def test_when_it_looks_is_to_observe_and_else_the_observation_is_empty(limit, per_layer):
+    """Through a scan and remat, whose statistics are merged or stacked."""
+    step = jax.value_and_grad(apply_to_function(deep, Policy.parse("bfloat16_mixed")))
+    options = {"limit": limit, "per_layer": per_layer, "rounding": True}
+
+    run = jax.jit(lambda look: observed(step, when=lambda *_: look, **options)({"w": W}, X))
+    (out, seen), (same, blind) = run(True), run(False)
+
+    expected, always = jax.jit(observed(step, **options))({"w": W}, X)
+    assert_same_bits((out, same), (expected, expected))
+    assert seen.marks == blind.marks == always.marks
+    for a, b in zip(jax.tree.leaves(seen), jax.tree.leaves(always), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+    assert [reading.count for _, reading in blind] == [0] * 4
+    assert_same_bits(jax.tree.leaves(seen.merged(blind)), jax.tree.leaves(seen))
+
+
+def test_no_product_is_in_the_conditional_of_when():
+    """There XLA's CPU compiler leaves the convolutions of weight gradients in a form a hundred times slower."""
+
+    def fn(params, x):
+        return (lax.conv(x, params["k"], (1, 1), "SAME").reshape(2, -1) @ params["w"]).sum()
+
+    step = jax.grad(apply_to_function(fn, Policy.parse("float32")))
+    params = {"k": jnp.ones((3, 3, 2, 2)), "w": jnp.ones((48, 3))}
+
+    jaxpr = jax.make_jaxpr(observed(step, limit=10, when=lambda p, x: x[0, 0, 0, 0] > 0))(
+        params, jnp.ones((2, 3, 4, 4))
+    )
+
+    conds = [eqn for eqn in equations(jaxpr) if eqn.primitive.name == "cond"]
+    inside = {eqn.primitive.name for cond in conds for branch in cond.params["branches"] for eqn in equations(branch)}
+    assert "scatter-add" in inside
+    assert not inside & {"dot_general", "conv_general_dilated"}
 
 
 def test_loops_count_their_iterations_and_branches_only_when_taken():

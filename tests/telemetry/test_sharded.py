@@ -30,6 +30,10 @@ for check_vma in (True, False):
     assert (h.count, h.zeros, h.amax) == (24, 3, 56.0), h
     assert (last.count, last.zeros, last.amin, last.amax) == (4, 0, 64.0, 112.0), last
     assert seen["last", "value_cotangent"].amax == 224.0
+    for look in (True, False):
+        (loss, grad), sometimes = jax.jit(observed(fn, limit=2, when=lambda x: (x[0] == 0) == look))(x)
+        assert (loss, list(grad)) == (fn(x)[0], list(fn(x)[1]))
+        assert sometimes["h", "value"].count == (12 if look else 0)
 print("passed", jax.device_count())
 """
 
