@@ -26,6 +26,8 @@ def apply_policy(target: Target, policy: Any, *, numbers: Mapping[str, Quantizer
     Products (dot_general and conv_general_dilated) run in the policy's compute format with its accumulator, in the
     forward pass and in both backward products; everything else runs as written. A weight is cast where it is
     used, so its gradient accumulates in its own dtype. Floating outputs are cast to the policy's output dtype.
+    Differentiate what is returned, as in `grad(apply_policy(f, policy))`: of a function that differentiates inside, as
+    `apply_policy(grad(f), policy)`, the backward products are products like all others, and `gradient` is not for them.
 
     Args:
       target: an `nnx.Module` instance, a `linen.Module` instance, or a function `fn(params, *args, **kwargs)`.

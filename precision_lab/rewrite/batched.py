@@ -58,8 +58,9 @@ class Batched:
             pair.append(jax.vmap(prepare)(x) if self.has_batch[operand] else prepare(x))
         ready = _Prepared(how.accum, how.precision)
         if not self.has_batch[2]:
-            return self.op.multiply(*_side_by_side(*pair), ready)
-        term, batch_first = self.op.batched(*pair, self._axes()[:2])
+            wide, tall = _side_by_side(pair[0], pair[1])
+            return self.op.multiply(wide, tall, ready)
+        term, batch_first = self.op.batched(pair[0], pair[1], (self._axes()[0], self._axes()[1]))
         return batch_first(term.op.multiply(term.lhs, term.rhs, ready))
 
     def to_lhs(self, cotangent: jax.Array, lhs: Any, rhs: jax.Array) -> Term:
