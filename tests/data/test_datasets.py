@@ -7,6 +7,7 @@ import pytest
 
 from precision_lab import data
 from precision_lab.data import ArraySplit, ContextSplit, TextSplit
+from precision_lab.data.text import markov_text
 
 needs_files = pytest.mark.skipif(
     not os.environ.get("PRECISION_LAB_DATA"), reason="PRECISION_LAB_DATA names no folder with the data files"
@@ -142,17 +143,26 @@ def test_the_markov_text_follows_its_odds_and_is_better_predicted_from_three_sym
 
 
 def test_the_markov_text_is_the_same_everywhere():
-    from precision_lab.data.text import markov_text
-
-    raw = np.random.Philox(key=[2, 1])
-    odds = [[[int(n) % 4 for n in raw.random_raw(2)] for _ in range(8)] for _ in range(3)]
+    """The first of 64 chains, drawn in plain integers; with 2 symbols it stood still, and any order would do."""
+    raw, symbols = np.random.Philox(key=[11, 1]), 11
+    odds = [[[int(n) % 4 for n in raw.random_raw(symbols)] for _ in range(8)] for _ in range(3)]
     draws = [int(n) for n in raw.random_raw(4112 * 64)]
-    chain = [0, 0, 0]  # the first of 64, drawn in plain integers
-    for step in range(40):
-        weights = [4 ** sum(odds[back][chain[step + back]][s] for back in range(3)) for s in range(2)]
-        chain.append(0 if draws[step * 64] % sum(weights) < weights[0] else 1)
+    chain = [0, 0, 0]
+    for step in range(200):
+        weights = [4 ** sum(odds[back][chain[step + back] % 8][s] for back in range(3)) for s in range(symbols)]
+        drawn = draws[step * 64] % sum(weights)
+        chain.append(next(s for s in range(symbols) if drawn < sum(weights[: s + 1])))
 
-    assert markov_text(2)[:24].tolist() == chain[19:]
+    assert markov_text(symbols)[:184].tolist() == chain[19:]
+    assert len(set(chain)) == symbols
+
+
+def test_contexts_of_the_markov_text_are_split_nine_to_one_and_evaluated_alike():
+    dataset = data.load(data.NextCharConfig(source="markov", context=16))
+
+    assert len(dataset.train) == 64 * 4096 * 9 // 10 - 16
+    assert (len(dataset.eval_train), len(dataset.eval)) == (8192, 8192)
+    np.testing.assert_array_equal(np.concatenate([dataset.train.tokens, dataset.eval.tokens]), markov_text(65))
 
 
 def test_a_substitution_renames_every_symbol_and_nothing_else():
