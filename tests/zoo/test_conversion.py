@@ -38,5 +38,5 @@ def test_parameters_that_a_branch_hands_back_stay_as_they_are():
     """nnx.cond returns the state of its model from each branch, which is another use than a product."""
     one = program("nnx", "Ensemble", None)
 
-    with pytest.raises(ValueError, match="'head/kernel/value' cannot be stored: it is used in more than one way"):
+    with pytest.raises(ValueError, match="'head/kernel' cannot be stored: it is used in more than one way"):
         pl.convert(lambda params, unused: one.run(params)[0], POLICY, 0, params=one.params)
