@@ -13,6 +13,7 @@ from precision_lab.cli.subjects import Arm, Seed, Subject, Target, find_subject
 from precision_lab.policy import Policy
 
 if TYPE_CHECKING:
+    from precision_lab.runner.rundir import RunDir
     from precision_lab.telemetry import Comparison, Difference
     from precision_lab.training.looking import Compared
 
@@ -96,7 +97,7 @@ def _compared(subject: Subject, policies: list[str], step: int | None, examples:
         raise ValueError(f"--step {step}: {subject.name} has no checkpoints; give a run (precision-lab ls).")
     run = subject.run or run_dir(out, subject.config)
     trained = subject.run is not None and step != 0
-    if subject.run is not None and trained and subject.run.is_busy():  # Opening its checkpoints would tidy up there.
+    if subject.run is not None and trained and _goes_on(subject.run):  # Opening its checkpoints would tidy up there.
         raise ValueError(f"{subject.name} is running; wait until it is done, or give --step 0, what it began with.")
     try:
         start = {} if trained else start_from(run, subject.config)
@@ -104,6 +105,11 @@ def _compared(subject: Subject, policies: list[str], step: int | None, examples:
         raise ValueError(f"{subject.name}: {error}") from None
     folder = run.checkpoints if trained else None
     return compare_policies(subject.config, policies, folder, step=step, examples=examples, **start)
+
+
+def _goes_on(run: "RunDir") -> bool:
+    """Returns whether a run is being executed; one that another machine left behind a while ago is not."""
+    return run.is_locked() or run.status()["state"] == "running"
 
 
 def worst_first(comparison: "Comparison", by: By) -> list[str]:

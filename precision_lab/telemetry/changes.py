@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from precision_lab import formats
@@ -59,8 +60,8 @@ def change(before: np.ndarray, after: np.ndarray) -> Change:
 
 
 def is_real(dtype: np.dtype) -> bool:
-    """Returns whether a dtype is of real numbers or truth values."""
-    return dtype.kind in "iub" or is_floating(dtype)
+    """Returns whether a dtype is of real numbers or truth values, NumPy's own or of ml_dtypes."""
+    return dtype.kind in "iub" or is_floating(dtype) or jnp.issubdtype(dtype, jnp.integer)
 
 
 def _differ(a: np.ndarray, b: np.ndarray) -> np.ndarray:

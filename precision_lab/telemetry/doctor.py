@@ -223,7 +223,9 @@ def named_arrays(tree: Any) -> dict[str, Any]:
 def _on_host(leaf: Any) -> np.ndarray:
     if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
-    return np.asarray(leaf)
+    array = np.asarray(leaf)
+    # Files may keep the other byte order, under which no format is known and bits cannot be viewed.
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 def _candidate(fmt: Any) -> Format:

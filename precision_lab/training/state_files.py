@@ -3,6 +3,7 @@
 import json
 import math
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,15 @@ def _numpy(path: Path) -> dict[str, np.ndarray]:
     """Returns the arrays of a file of NumPy's."""
     try:
         found = np.load(path, allow_pickle=False)
-        return {"array": found} if isinstance(found, np.ndarray) else {name: found[name] for name in found.files}
-    except (ValueError, EOFError, zipfile.BadZipFile):
+        arrays = {"array": found} if isinstance(found, np.ndarray) else {name: found[name] for name in found.files}
+        others = [name for name, x in arrays.items() if not isinstance(x, np.ndarray)]  # which NumPy gives as bytes
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error):
         raise ValueError(
             f"{path} cannot be read: it is damaged, or holds Python objects, which are not opened."
         ) from None
+    if others:
+        raise ValueError(f"{path} cannot be read: it holds {others[0]}, which is no array.")
+    return arrays
 
 
 def _safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -70,7 +75,7 @@ def _safetensors(path: Path) -> dict[str, np.ndarray]:
         header = json.loads(content[8 : 8 + length].tobytes())
         body = content[8 + length :]
         return {name: _tensor(name, entry, body) for name, entry in header.items() if name != "__metadata__"}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as safetensors: {error}.") from None
 
 

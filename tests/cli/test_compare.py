@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import ml_dtypes
 import numpy as np
@@ -157,6 +158,17 @@ def test_a_run_that_is_going_on_is_left_alone(cli, tmp_path):
 
     assert (code, torn.exists()) == (2, True)
     assert f"{name} is running; wait until it is done, or give --step 0" in err
+
+
+@pytest.mark.parametrize(("ago_s", "code"), [(0, 2), (10_000, 0)])
+def test_a_run_that_another_machine_left_behind_is_looked_at(cli, tmp_path, ago_s, code):
+    """A command of its own has seen no note before, so that such a run was said to go on for ever."""
+    name, _ = saved_run(tmp_path)
+    (run,) = all_runs(tmp_path / "runs")
+    note = {"state": "running", "host": "another", "pid": 1, "attempt": 1, "unix_s": time.time() - ago_s}
+    (run.path / "status.json").write_text(json.dumps(note))
+
+    assert cli("compare", name, "-p", "bfloat16_mixed")[0] == code
 
 
 @pytest.mark.parametrize("ending", ["svg", "html", "png"])

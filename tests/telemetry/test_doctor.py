@@ -274,6 +274,27 @@ def test_other_values_other_shapes_and_other_arrays_are_told_apart():
     assert "every array is the same" in str(pl.doctor(before, [], against=dict(before)))
 
 
+def test_integers_of_ml_dtypes_are_numbers_like_others():
+    """Their kind is that of records; the same numbers in int4 were told as other values."""
+    x = np.float32([-8, -1, 0, 7])
+    after = {"same": x.astype(ml_dtypes.int4), "moved": (x * 0.5).astype(ml_dtypes.int4)}
+
+    found = pl.doctor(after, [], against={"same": x, "moved": x})
+
+    assert (found.at("same").change.kind, found.at("same").change.changed) == ("cast", 0)
+    assert (found.at("moved").change.kind, found.at("moved").change.changed) == ("values", 3)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int16])
+def test_the_other_byte_order_of_a_file_makes_no_difference(dtype):
+    x = normal(32, 32, scale=100).astype(dtype)
+
+    swapped, plain = pl.doctor({"w": x.astype(x.dtype.newbyteorder())}), pl.doctor({"w": x})
+
+    assert swapped.to_dicts() == plain.to_dicts()
+    assert swapped.sentences() == plain.sentences()
+
+
 def test_what_training_moved_is_told_in_one_sentence_whatever_its_dtype():
     before = {"a": normal(9), "b": normal(9, dtype=np.float16), "n": np.int32(3)}
     after = {"a": normal(9, seed=1), "b": normal(9, seed=1, dtype=np.float16), "n": np.int32(4)}

@@ -1,7 +1,9 @@
 """States from files: what was written comes back, whatever wrote it, and damage is told in one line."""
 
+import io
 import json
 import struct
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +96,14 @@ def test_trees_that_were_saved_together_are_under_their_names(tmp_path):
     assert_same(found, {"params": TREE, "ema": {"x": np.ones(2, np.float32)}})
 
 
+def archive(**members):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as file:
+        for name, written in members.items():
+            file.writestr(name, written)
+    return content.getvalue()
+
+
 BAD = {
     "a.npz": (b"PK\x03\x04 torn", "cannot be read: it is damaged"),
     "b.npy": (b"", "cannot be read: it is damaged"),
@@ -102,6 +112,9 @@ BAD = {
     "e.safetensors": (safetensors({"w": entry("F32", [2], 4, 12)}, bytes(8)), "'w' has 8 bytes for F32 [2]"),
     "f.safetensors": (safetensors({"w": entry("F4", [2], 0, 1)}, bytes(1)), "'w' has the unknown dtype F4"),
     "g.safetensors": (b"\x02" + bytes(7) + b"hi", "cannot be read as safetensors"),
+    "deep.safetensors": (struct.pack("<Q", 100_000) + b"[" * 100_000, "cannot be read as safetensors"),
+    "text.npz": (archive(note=b"hi"), "cannot be read: it holds note, which is no array"),
+    "half.npz": (archive(**{"w.npy": b"hi"}), "cannot be read: it holds w, which is no array"),
     "h.pt": (b"", "such files are not opened, since reading some of them runs their code"),
     "i.txt": (b"", "is not a .npy, .npz or .safetensors file, or the folder of a run or an Orbax checkpoint."),
 }
