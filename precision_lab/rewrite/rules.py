@@ -28,7 +28,8 @@ def require_every_rule_used(policy: Policy, sites: Sequence[Site]) -> None:
         raise ValueError(_unused_message(unused[0].pattern, len(unused), len(policy.rules), sites))
     for rule in policy.rules:
         matched = [site for site in sites if rule.matches(*site.names)]
-        left_alone = rule.sets("op") and dict(rule.settings)["op"] == "never"  # which is what it asked for
+        never = rule.sets("op") and dict(rule.settings)["op"] == "never"
+        left_alone = never or all(value is None for _, value in rule.settings)  # which is what it asked for
         if all(site.reason for site in matched) and not left_alone:
             why = f"{matched[0].name}: {matched[0].reason}"
             raise ValueError(f"rule '{rule.pattern}' matches only sites that cannot be cast ({why}).")

@@ -143,10 +143,9 @@ class Diagnosis(Sequence[Leaf]):
         size = f"{number_of(len(self), 'array')}, {number_of(sum(leaf.count for leaf in self), 'value')}"
         size += f", {number_of(sum(leaf.nbytes for leaf in self), 'byte')}."
         if not self.findings:
-            return [
-                size,
-                f"nothing to report: {' and '.join(self.formats)} would hold every value without loss of range.",
-            ]
+            held = self.formats and any(leaf.reading for leaf in self)  # of what is not floating nothing was asked
+            fits = f": {' and '.join(self.formats)} would hold every floating value without loss of range"
+            return [size, f"nothing to report{fits if held else ''}."]
         return [size, *(f"- {one.text}" for one in self.findings)]
 
     def heads(self) -> list[str]:

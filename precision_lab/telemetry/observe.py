@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen, nnx
 
 from precision_lab import formats
 from precision_lab.nn.carried import CONVERTED
@@ -39,7 +40,7 @@ def observe(
       target: an `nnx.Module`, a `linen.Module` or a function `fn(params, *args, **kwargs)`; none is changed.
       args, kwargs: what it is called with; for a Linen model the arguments of `apply`, variables first; for a function
         its params first.
-      policy: a Policy or what parses to one, in place of any that the target is under. None runs a target that is under
+      policy: a Policy or what parses to one, in place of any that a model is under. None runs a target that is under
         a policy as it is, with all that it carries (a converted one with its static scales, one of `prepare_qat` with
         its ranges), and any other under "float32". Weights that are stored quantized are seen as the values that they
         stand for.
@@ -56,8 +57,8 @@ def observe(
 
     Raises:
       TypeError: `target` is no model or function, or grad=True without a scalar.
-      ValueError: a rule matches no site, an unknown role, nothing to observe, or a policy for a function that convert
-        returned.
+      ValueError: a rule matches no site, an unknown role, nothing to observe, or a policy for a function that has one,
+        by apply_policy or convert.
     """
     forward, pure = run_under(target, args, kwargs, policy, loss)
     run = _gradient(forward) if _wants_gradient(forward, pure, grad) else forward
@@ -173,6 +174,11 @@ def run_under(
         raise ValueError(
             f"a function that convert returned is seen as it is, without a policy; for policy '{policy}' give the "
             "function that was converted, and the packed params."
+        )
+    if own_policy(target) and not isinstance(target, nnx.Module | linen.Module):  # whose policy is inside of it
+        raise ValueError(
+            f"a function under policy '{own_policy(target)}' is seen as it is, without a policy; for policy '{policy}' "
+            "give the function that apply_policy was given."
         )
     pure, replaced = pure_call(target, args, kwargs), Policy.parse("float32" if policy is None else policy)
 

@@ -3,6 +3,7 @@
 import re
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -75,3 +76,15 @@ def test_never_leaves_a_product_alone():
     run("bfloat16_mixed;w:op=never")
 
     assert [site.name for site in sites.untouched if site.is_product] == ["w"]
+
+
+def test_an_operation_can_be_left_out_of_rounding():
+    """Nothing is left for the rule to do at such a site, which is what it asks for, and not a site out of reach."""
+    policy = Policy.parse("round=float8_e4m3fn;**:exp#*:round=none")
+
+    left_out = apply_to_function(lambda w, x: jnp.exp(x * w), policy)(jnp.float32(2), X)
+    rounded = apply_to_function(lambda w, x: jnp.exp(x * w), Policy.parse("round=float8_e4m3fn"))(jnp.float32(2), X)
+
+    factor = (X * 2).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    np.testing.assert_array_equal(left_out, jnp.exp(factor))
+    np.testing.assert_array_equal(rounded, np.asarray(jnp.exp(factor)).astype(ml_dtypes.float8_e4m3fn))

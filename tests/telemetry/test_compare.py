@@ -11,7 +11,7 @@ from flax import nnx
 from jax import lax
 
 from precision_lab.nn import apply_policy
-from precision_lab.telemetry import compare
+from precision_lab.telemetry import compare, observe
 
 X = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
 W = np.random.default_rng(1).normal(size=(3, 4, 4)).astype(np.float32)
@@ -111,3 +111,21 @@ def test_what_cannot_be_compared_is_refused():
         compare(two_layers, ["float32"], {"a": W[0], "b": W[1]}, X)
     with pytest.raises(KeyError, match="no site 'c' under policy 'compute=float8_e4m3fn'; sites are a, b, output"):
         compare(two_layers, ["float32", E4M3], {"a": W[0], "b": W[1]}, X).at("c", E4M3)
+
+
+def test_another_policy_for_a_function_that_is_under_one_is_refused():
+    """Both took effect: products were observed twice, in the formats of the one that was to be replaced."""
+    params = {"a": W[0], "b": W[1]}
+    under = apply_policy(two_layers, "bfloat16_mixed")
+
+    for refused in (
+        lambda: compare(under, ["float32", E4M3], params, X),
+        lambda: observe(under, params, X, policy=E4M3),
+    ):
+        with pytest.raises(
+            ValueError, match=r"a function under policy '.*bfloat16.*' is seen as it is, without a policy"
+        ):
+            refused()
+    assert len(compare(two_layers, ["float32", (under, params)], params, X)) == len(
+        compare(two_layers, ["float32", E4M3], params, X)
+    )

@@ -326,6 +326,11 @@ def test_the_result_prints_and_becomes_rows():
         found.at("v")
 
 
+@pytest.mark.parametrize(("tree", "formats"), [({"n": np.int32([2**31 - 1])}, ["float16"]), ({"w": normal(3)}, [])])
+def test_nothing_is_said_of_formats_that_nothing_was_held_against(tree, formats):
+    assert pl.doctor(tree, formats).sentences()[1:] == ["nothing to report."]
+
+
 @pytest.mark.parametrize(
     ("formats", "message"),
     [
