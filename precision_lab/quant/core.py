@@ -32,6 +32,9 @@ from precision_lab.quant.scales import (
 from precision_lab.quant.thresholds import Thresholds, thresholds
 from precision_lab.quant.tiles import Tiles
 
+# Below it a reciprocal is above 2**126; above the inverse of it, below the smallest normal number.
+_LEAST_RECIPROCAL = np.float32(2.0**-126)
+
 
 class Given(NamedTuple):
     """What a caller fixes instead of having it found in the array; scalars or of the shape of scales."""
@@ -163,9 +166,11 @@ def _steps(x: jax.Array, tiles: Tiles, scale: jax.Array, offset: Any, qz: Quanti
     """Returns an array in units of its scale, split into tiles."""
     split = tiles.split(x)
     shifted = split if offset is None else split - tiles.spread(offset)
-    if qz.reciprocal:
-        return multiply(shifted, tiles.spread(divide(1, scale)))
-    return divide(shifted, tiles.spread(scale))
+    quotient = divide(shifted, tiles.spread(scale))
+    if not qz.reciprocal:
+        return quotient
+    normal = (scale >= _LEAST_RECIPROCAL) & (scale <= 1 / _LEAST_RECIPROCAL)
+    return jnp.where(tiles.spread(normal), multiply(shifted, tiles.spread(divide(1, scale))), quotient)
 
 
 def _spread(tiles: Tiles, zero_point: Any) -> Any:

@@ -23,8 +23,6 @@ def why_not(eqn: Any, treatment: Treatment, asked: bool, default_precision: Any)
     """Returns why a product is left alone, or an empty string."""
     if treatment.op == "never":
         return "op=never"
-    if treatment.op is not None:
-        raise ValueError(f"op={treatment.op} is for operations that are not products; give products compute= instead.")
     dtypes = [str(atom.aval.dtype) for atom in eqn.invars[:2]]
     wide = treatment.compute.name == "float64"
     if other := [dtype for dtype in dtypes if dtype not in CASTABLE and not (wide and dtype == "float64")]:

@@ -76,6 +76,8 @@ def _instead(site: Site, key: str) -> str:
         return (
             "is inside a function with rules of its own, which is rounded as a whole: say **:custom_jvp_call#* or such"
         )
+    if key == "op" and site.is_product:
+        return "is a product, and op= is for other operations: say compute= or leave it out"
     if site.op in _compat.CLOSED:
         return "has rules of its own, which are typed for what was traced: say round= or leave it out"
     if site.op == LOOKUP and site.quantized_by:

@@ -92,6 +92,7 @@ def observed(
 
     Raises (when called):
       ValueError: nothing inside is observed; or the result is differentiated, see `harvest`.
+      TypeError: `when` returns None.
     """
 
     @functools.wraps(fn)
@@ -99,6 +100,8 @@ def observed(
         with observing(()):
             traced = trace_program(fn, args, kwargs)
         look = None if when is None else when(*args, **kwargs)
+        if when is not None and look is None:
+            raise TypeError("when= returned None, and not whether to look: return a bool, traced or not.")
         out, observation = _harvested(traced, traced.arrays, roles, limit, rounding, per_layer, look)
         return traced.rebuild(out), observation
 

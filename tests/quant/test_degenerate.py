@@ -189,3 +189,14 @@ def test_arguments_without_use_are_refused(arguments, message):
 def test_arrays_of_other_dtypes_are_refused(x):
     with pytest.raises(TypeError, match="float16, bfloat16 or float32"):
         fake_quantize(x, "int8")
+
+
+@pytest.mark.parametrize("fmt", ["nf4@channel", "int8@channel", "int4@channel,affine"])
+@pytest.mark.parametrize("size", [2.0**127, 2.0**126, 2.0**-100])
+def test_a_scale_whose_reciprocal_is_no_normal_number_divides(fmt, size):
+    """All of a tensor of huge values would be zero. Powers of two, so the values are those of the tensor of ones."""
+    x = jnp.float32([[1.0, -1.0, 0.5, 0.0]])
+
+    found = fake_quantize(x * np.float32(size), f"{fmt},reciprocal", axis=1)
+
+    np.testing.assert_array_equal(found, fake_quantize(x, f"{fmt},reciprocal", axis=1) * np.float32(size))

@@ -218,9 +218,11 @@ def test_a_rule_edits_the_table_by_primitive_and_by_scope():
     everywhere = apply_to_function(fn, AUTOCAST.with_rule("**:exp#*", op="low"))
     head = apply_to_function(fn, AUTOCAST.with_rule("head:exp#*", op="low"))
 
+    both = apply_to_function(fn, AUTOCAST.with_rule("head:*", op="low"))
+    assert dtypes_of(both, "exp", one, one) == [("bfloat16",), ("float32",)]
     assert dtypes_of(everywhere, "exp", one, one) == [("bfloat16",)] * 2
     assert dtypes_of(head, "exp", one, one) == [("bfloat16",), ("float32",)]
-    with pytest.raises(ValueError, match="op=low is for operations that are not products"):
+    with pytest.raises(ValueError, match="is a product, and op= is for other operations: say compute="):
         apply_to_function(fn, AUTOCAST.with_rule("**:dot_general#*", op="low"))(one, one)
     with pytest.raises(ValueError, match="matched no site: '\\*\\*:sinh"):
         apply_to_function(fn, AUTOCAST.with_rule("**:sinh#*", op="low"))(one, one)

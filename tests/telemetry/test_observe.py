@@ -204,6 +204,13 @@ def test_no_product_is_in_the_conditional_of_when():
     assert not inside & {"dot_general", "conv_general_dilated"}
 
 
+def test_when_must_say_whether_to_look():
+    step = apply_to_function(lambda p, x: x @ p["w"], Policy.parse("float32"))
+
+    with pytest.raises(TypeError, match="when= returned None"):
+        observed(step, when=lambda p, x: None)({"w": W[0]}, X)
+
+
 def test_loops_count_their_iterations_and_branches_only_when_taken():
     def fn(params, x):
         x = lax.fori_loop(0, 5, lambda _, h: h @ params["loop"], x)
