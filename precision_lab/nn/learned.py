@@ -13,7 +13,7 @@ from flax import nnx
 
 from precision_lab.nn.fake_quant import QuantParam
 from precision_lab.policy import Policy
-from precision_lab.rewrite import is_qtensor
+from precision_lab.rewrite import is_qtensor, leaf_names
 
 STATS = "quant_stats"
 _LEARNED = ("scale", "offset", "alpha")
@@ -39,11 +39,10 @@ def stored(policy: Policy, params: Any, learned: frozenset[str]) -> Any:
     cast = policy.cast_to_param(params)
     if not learned:
         return cast
-
-    def chosen(path: Any, before: Any, after: Any) -> Any:
-        return before if jax.tree_util.keystr(tuple(path), simple=True, separator="/") in learned else after
-
-    return jax.tree.map_with_path(chosen, params, cast, is_leaf=is_qtensor)
+    before, structure = jax.tree.flatten(params, is_leaf=is_qtensor)
+    after = jax.tree.leaves(cast, is_leaf=is_qtensor)
+    pairs = zip(leaf_names(params), before, after, strict=True)
+    return structure.unflatten([old if name in learned else new for name, old, new in pairs])
 
 
 def _learned(params: Any, stats: Any, above: str = "") -> Iterator[str]:

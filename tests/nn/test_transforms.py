@@ -162,7 +162,7 @@ def test_kernels_keep_their_dtypes_and_only_results_need_their_range(dtypes):
     near = np.ldexp(np.float32(second), -exponents[:, None])
     np.testing.assert_array_equal(np.float32(moved.second), near.astype(jnp.dtype(dtypes[1])).astype(np.float32))
     ranges = np.abs(np.float32(equal.first)).max(0), np.abs(np.float32(equal.second)).max(1)
-    np.testing.assert_allclose(*ranges, rtol=0.02)
+    np.testing.assert_allclose(*ranges, rtol=2**-7)  # each side is rounded once, in bfloat16 by up to 2**-9
 
 
 def test_what_has_no_largest_number_beyond_which_it_overflows_saturates_and_is_counted():

@@ -142,7 +142,8 @@ def test_gradients_of_a_packed_model_are_those_of_what_it_holds_beside_its_codes
 
     seen = pl.observe(packed, TOKENS, loss=lambda out: (out**2).sum() / 2, rounding=False)
 
-    assert seen["down/kernel", "output_cotangent"].amax == pytest.approx(float(np.abs(packed(TOKENS)).max()), rel=1e-2)
+    largest = float(np.abs(packed(TOKENS)).max())  # what flows back, which is rounded to bfloat16 as an operand
+    assert seen["down/kernel", "output_cotangent"].amax == pytest.approx(largest, rel=2**-8)
     with pytest.raises(KeyError):
         seen["down/kernel", "rhs_cotangent"]
 
@@ -153,7 +154,8 @@ def test_params_that_are_stored_quantized_are_arguments_of_an_observed_function_
     out, seen = jax.jit(observed(packed.apply, limit=None))(variables, TOKENS)
 
     np.testing.assert_allclose(out, packed.apply(variables, TOKENS), rtol=1e-6, atol=1e-6)
-    assert seen["down/kernel", "output"].amax == pytest.approx(float(np.abs(out).max()), rel=0.2)
+    product = out - variables["params"]["down"]["bias"]
+    assert seen["down/kernel", "output"].amax == pytest.approx(float(np.abs(product).max()), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["nnx", "linen"])
