@@ -11,11 +11,10 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
-import jax.numpy as jnp
 from jax import lax
 
 from precision_lab.formats.containers import as_float, as_word
-from precision_lab.formats.kernel import below, is_negative, signs_of, with_sign
+from precision_lab.formats.elementwise import spread, where
 from precision_lab.formats.oracle import floor_exponent
 from precision_lab.formats.params import FormatParams, Layout
 from precision_lab.formats.scalar import Format, power_of_two
@@ -38,11 +37,14 @@ def adder(layout: Layout, a: Any, fmt: Format, *, shift: Any = 0) -> Any:
       layout: the container's layout.
       a: words of magnitudes with at most the exponent of the largest sum that matters.
       fmt: a format that has an adder.
-      shift: exponents of scales that are on the values, in the place of the exponent field.
+      shift: exponents of scales that are on the values, in the place of the exponent field; an array that
+        broadcasts to the shape of `a`.
     """
     lowest = layout.word((fmt.min_exponent + layout.bias) << layout.mantissa_bits) + shift
     to_power = layout.word((layout.mantissa_bits - fmt.mantissa_bits) << layout.mantissa_bits)
-    return as_float(jnp.maximum(a & layout.word(layout.inf), lowest) + to_power)
+    exponents = lax.bitwise_and(a, layout.word(layout.inf))
+    lowest = lowest if lowest.ndim == 0 else spread(lowest, exponents.shape)
+    return as_float(lax.add(lax.max(exponents, lowest), to_power))
 
 
 def _adder_of_integers(layout: Layout, fmt: Format) -> Any:
@@ -61,35 +63,51 @@ def round_by_adder(layout: Layout, bits: Any, fmt: Format, p: FormatParams) -> A
       p: its parameters, as NumPy scalars.
     """
     inf, zero = layout.word(layout.inf), layout.word(0)
-    a, sign = signs_of(layout, bits)
+    a = lax.bitwise_and(bits, layout.word(layout.sign - 1))
+    sign = lax.bitwise_xor(bits, a)
     if p.overflow == zero:
-        fits, m = _up_to(layout, a, p.finite), jnp.minimum(a, _of_sign(layout, sign, p.max, p.min))
-        special = a | p.quiet
+        fits, m = _up_to(layout, a, p.finite), lax.min(a, _of_sign(layout, sign, p.max, p.min))
+        special = lax.bitwise_or(a, p.quiet)
     else:
         last = (_last_that_fits(layout, fmt, magnitude) for magnitude in (fmt.magnitude(fmt.max_code), -fmt.lowest))
         fits, m = _up_to(layout, a, _of_sign(layout, sign, *last)), a
         if p.finite < inf and p.overflow == inf | p.quiet:
             # What overflows becomes what an infinity does.
-            special = jnp.maximum(a, inf) | p.quiet
+            special = lax.bitwise_or(lax.max(a, inf), p.quiet)
         else:
-            special = jnp.where(_up_to(layout, a, p.finite), p.overflow, a | p.quiet)
+            special = where(_up_to(layout, a, p.finite), p.overflow, lax.bitwise_or(a, p.quiet))
     power = adder(layout, m, fmt) if fmt.kind != "int" else _adder_of_integers(layout, fmt)
     # XLA would make (m + c) - c into m, but for the choice in between, which costs nothing: it is made again below.
     near = as_float(m)
-    r = as_word(lax.select(fits, near + power, near) - power)
+    r = as_word(lax.sub(lax.select(fits, lax.add(near, power), near), power))
     if p.flush != zero:
-        r = jnp.where(below(layout, r, p.flush), zero, r)
-    return with_sign(layout, lax.select(fits, r, special), sign, p)
+        r = where(lax.lt(_signed(layout, r), _signed(layout, p.flush)), zero, r)
+    return _with_sign(layout, lax.select(fits, r, special), sign, p)
 
 
 def _up_to(layout: Layout, a: Any, last: Any) -> Any:
     """Returns where magnitudes are not above `last`."""
-    return ~below(layout, last, a)
+    return lax.le(_signed(layout, a), _signed(layout, last))
+
+
+def _signed(layout: Layout, magnitude: Any) -> Any:
+    """Returns a magnitude as a signed integer, which every CPU compares in one instruction."""
+    return magnitude.astype(layout.signed)
 
 
 def _of_sign(layout: Layout, sign: Any, positive: Any, negative: Any) -> Any:
     """Returns the word that is for numbers of this sign."""
-    return positive if positive == negative else jnp.where(is_negative(layout, sign), negative, positive)
+    if positive == negative:
+        return positive
+    return where(lax.lt(_signed(layout, sign), layout.signed(0)), negative, positive)
+
+
+def _with_sign(layout: Layout, r: Any, sign: Any, p: FormatParams) -> Any:
+    """Returns magnitudes `r` with their signs, which a zero keeps if the format has a negative one."""
+    if p.zero_sign != layout.sign:
+        # The sign bit of 0 - r is set unless r is zero.
+        sign = lax.bitwise_and(sign, lax.neg(r))
+    return lax.bitwise_or(r, sign)
 
 
 def _last_that_fits(layout: Layout, fmt: Format, largest: Fraction | float) -> Any:

@@ -58,6 +58,8 @@ def unpack(packed: Any, bits: int, shape: tuple[int, ...]) -> Any:
     """
     xp, count = _namespace(packed), math.prod(shape)
     _check_packed(packed, packed_bytes(count, bits), f"{count} codes of {bits} bits")
+    if bits == 8:
+        return packed.reshape(shape)
     if 8 % bits == 0:
         places = np.arange(0, 8, bits, dtype=np.uint8)
         codes = (packed[:, None] >> places) & np.uint8((1 << bits) - 1)

@@ -17,8 +17,10 @@ from jax import lax
 
 from precision_lab import formats
 from precision_lab.formats import round_to
+from precision_lab.formats.elementwise import spread, where
 
 TINY = np.float32(np.finfo(np.float32).tiny)
+ZERO, ONE, NAN = np.float32(0), np.float32(1), np.float32(np.nan)
 
 
 def divide(x: Any, scale: Any) -> jax.Array:
@@ -30,18 +32,20 @@ def divide(x: Any, scale: Any) -> jax.Array:
     """
     known = isinstance(scale, np.generic) and bool(scale != 0)
     x, scale = jnp.asarray(x, jnp.float32), jnp.asarray(scale, jnp.float32)
-    shape = jnp.broadcast_shapes(x.shape, scale.shape)
-    numerator = jnp.broadcast_to(x, shape)
+    shape = np.broadcast_shapes(x.shape, scale.shape)
+    numerator = spread(x, shape)
     # Were `x` a constant, XLA would know that no value is NaN; behind a barrier it does not.
     fixed = lax.optimization_barrier(lax.stop_gradient(numerator))
-    usable = scale if known else jnp.where(scale == 0, np.float32(1), scale)
-    return lax.div(numerator, lax.select(lax.ne(fixed, fixed), fixed, jnp.broadcast_to(usable, shape)))
+    usable = scale if known else where(lax.eq(scale, ZERO), ONE, scale)
+    return lax.div(numerator, lax.select(lax.ne(fixed, fixed), fixed, spread(usable, shape)))
 
 
 def multiply(values: Any, scale: Any) -> jax.Array:
     """Returns `values * scale`, rounded to float32 whatever it is added to afterwards."""
-    product = values * scale
-    return lax.select(lax.ne(product, product), lax.full_like(product, np.nan), product)
+    values, scale = jnp.asarray(values, jnp.float32), jnp.asarray(scale, jnp.float32)
+    shape = np.broadcast_shapes(values.shape, scale.shape)
+    product = lax.mul(spread(values, shape), spread(scale, shape))
+    return where(lax.ne(product, product), NAN, product)
 
 
 def widen(x: jax.Array) -> jax.Array:

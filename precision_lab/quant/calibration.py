@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from precision_lab.quant.arithmetic import multiply, ordered_mean
 from precision_lab.quant.kl import kl_threshold
@@ -42,8 +43,8 @@ def magnitude(x: jax.Array, tiles: Tiles) -> Range:
     """Returns the largest magnitude that shares a scale, and its negative: half the work of `extent`; NaN likewise."""
 
     def of(part: jax.Array, axes: tuple[int, ...]) -> Range:
-        amax = jnp.max(jnp.abs(part), axes, keepdims=True, initial=0)
-        return Range(-amax, amax)
+        amax = lax.max(lax.reduce_max(lax.abs(part), axes), np.float32(0)).reshape(_kept(part, axes))
+        return Range(lax.neg(amax), amax)
 
     return tiles.reduce(x, of)
 
@@ -108,11 +109,16 @@ def _ranked(x: jax.Array, axes: tuple[int, ...], share: float) -> jax.Array:
     """Returns the k-th smallest of n values, k = floor(share * n + 1/2), at least the first."""
     moved = jnp.moveaxis(x, axes, range(len(axes)))
     rows = moved.reshape(-1, *moved.shape[len(axes) :])
-    kept = tuple(1 if axis in axes else size for axis, size in enumerate(x.shape))
+    kept = _kept(x, axes)
     if not len(rows):
         return jnp.zeros(kept, x.dtype)
     k = min(max(int(share * len(rows) + 0.5), 1), len(rows))
     return jnp.sort(rows, axis=0)[k - 1].reshape(kept)
+
+
+def _kept(x: jax.Array, axes: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of an array of which some axes are reduced to length 1."""
+    return tuple(1 if axis in axes else size for axis, size in enumerate(x.shape))
 
 
 def _aciq(x: jax.Array, axes: tuple[int, ...], qz: Quantizer, n: QuantizerParams) -> Range:

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from precision_lab.formats import Codebook, round_to, round_to_codebook
+from precision_lab.formats.elementwise import where
 from precision_lab.quant import calibration, double
-from precision_lab.quant.arithmetic import divide, multiply, ordered_mean, widen
+from precision_lab.quant.arithmetic import ONE, divide, multiply, ordered_mean, widen
 from precision_lab.quant.numbers import QuantizerParams
 from precision_lab.quant.options import DOUBLE, is_integer_grid
 from precision_lab.quant.quantizer import Quantizer
@@ -32,8 +34,8 @@ from precision_lab.quant.scales import (
 from precision_lab.quant.thresholds import Thresholds, thresholds
 from precision_lab.quant.tiles import Tiles
 
-# Below it a reciprocal is above 2**126; above the inverse of it, below the smallest normal number.
-_LEAST_RECIPROCAL = np.float32(2.0**-126)
+# The reciprocal of a larger scale is not normal; that of a quarter of it is, and multiplies a quarter of the values.
+_LARGEST_WITH_RECIPROCAL = np.float32(2.0**126)
 
 
 class Given(NamedTuple):
@@ -105,7 +107,8 @@ def grid_values(v: jax.Array, zero_point: Any, qz: Quantizer, n: QuantizerParams
     if n.format is not None:
         return round_to(v, n.format, rounding=qz.rounding, key=key)
     if is_integer_grid(qz.format) and isinstance(n.high, jax.Array):  # The ends of the grid say it all.
-        return jnp.clip(round_to(v, WIDE, rounding=qz.rounding, overflow="saturate", key=key), n.low, n.high)
+        codes = round_to(v, WIDE, rounding=qz.rounding, overflow="saturate", key=key)
+        return lax.min(lax.max(codes, n.low), n.high)
     return round_to(v, qz.code_format, rounding=qz.rounding, overflow="saturate", key=key)
 
 
@@ -166,11 +169,10 @@ def _steps(x: jax.Array, tiles: Tiles, scale: jax.Array, offset: Any, qz: Quanti
     """Returns an array in units of its scale, split into tiles."""
     split = tiles.split(x)
     shifted = split if offset is None else split - tiles.spread(offset)
-    quotient = divide(shifted, tiles.spread(scale))
     if not qz.reciprocal:
-        return quotient
-    normal = (scale >= _LEAST_RECIPROCAL) & (scale <= 1 / _LEAST_RECIPROCAL)
-    return jnp.where(tiles.spread(normal), multiply(shifted, tiles.spread(divide(1, scale))), quotient)
+        return divide(shifted, tiles.spread(scale))
+    part = where(lax.gt(scale, _LARGEST_WITH_RECIPROCAL), np.float32(0.25), ONE)
+    return multiply(multiply(shifted, tiles.spread(part)), tiles.spread(divide(1, multiply(scale, part))))
 
 
 def _spread(tiles: Tiles, zero_point: Any) -> Any:

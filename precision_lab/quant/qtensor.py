@@ -75,6 +75,8 @@ class QTensor:
         unused = np.int8(8 - fmt.bits)
         if not fmt.signed:
             return self.codes
+        if not unused:
+            return jax.lax.bitcast_convert_type(self.codes, jnp.int8)
         # Shifted up and back, the highest bit of the code fills the bits above it.
         return jax.lax.shift_right_arithmetic((self.codes << unused).astype(jnp.int8), unused)
 

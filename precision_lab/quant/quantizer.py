@@ -46,7 +46,7 @@ class Quantizer:
         again as QLoRA does: to 8 bits in blocks of 256, after their mean is subtracted.
       reciprocal: whether values are multiplied by the rounded reciprocal of their scale, as torchao, bitsandbytes and
         XLA's own division do, for codes equal to theirs; the quotient differs from that at ties and a last place beside
-        them. Gradients ask the quotient. Scales without a normal reciprocal divide.
+        them, and takes longer. Gradients ask the quotient. A scale above 2**126 and its values are quartered before.
 
     Raises:
       ValueError: an unknown name, or options that contradict the format or each other.

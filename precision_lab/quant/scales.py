@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from precision_lab import formats
 from precision_lab.formats import Format, round_to
-from precision_lab.quant.arithmetic import TINY, divide
+from precision_lab.formats.elementwise import where
+from precision_lab.quant.arithmetic import NAN, ONE, TINY, ZERO, divide
 from precision_lab.quant.numbers import QuantizerParams
 from precision_lab.quant.quantizer import Quantizer
 
@@ -34,7 +36,7 @@ class Range(NamedTuple):
     @property
     def amax(self) -> Any:
         """Returns the largest magnitude."""
-        return jnp.maximum(-self.low, self.high)
+        return lax.max(lax.neg(self.low), self.high)
 
 
 def scale_of(found: Range, qz: Quantizer, n: QuantizerParams) -> jax.Array:
@@ -78,12 +80,12 @@ def usable(scale: jax.Array, qz: Quantizer) -> jax.Array:
     A codebook without zero has the scale zero there, and so every value is zero.
     """
     no_zero = qz.format.kind == "codebook" and 0.0 not in qz.format.levels
-    return jnp.where(jnp.abs(scale) < TINY, np.float32(0 if no_zero else 1), scale)
+    return where(lax.lt(lax.abs(scale), TINY), ZERO if no_zero else ONE, scale)
 
 
 def rounded_scale(scale: jax.Array, qz: Quantizer) -> jax.Array:
     """Returns a scale as its own format has it; NaN where it is not finite."""
-    scale = jnp.where(jnp.isfinite(scale), scale, np.float32(np.nan))
+    scale = where(lax.is_finite(scale), scale, NAN)
     if qz.scale_format == "float32":
         return scale
     return round_to(scale, formats.format(qz.scale_format), overflow="saturate_finite")

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from precision_lab.policy import Treatment
-from precision_lab.rewrite.bilinear import Matmul, Term
-from precision_lab.rewrite.cast import casting_of, layouts_of, product_of
+from precision_lab.rewrite.bilinear import Matmul, Term, layouts_of
+from precision_lab.rewrite.cast import casting_of, product_of
 
 
 class Adapter(NamedTuple):

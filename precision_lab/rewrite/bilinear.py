@@ -69,11 +69,11 @@ class Matmul:
 
     def to_lhs(self, cotangent: jax.Array, lhs: Any, rhs: jax.Array) -> Term:
         """Returns the product that is the gradient of the left operand."""
-        return Term(self, cotangent, rhs.swapaxes(-1, -2))
+        return Term(self, cotangent, _turned(rhs))
 
     def to_rhs(self, cotangent: jax.Array, lhs: jax.Array, rhs: Any) -> Term:
         """Returns the product that is the gradient of the right operand."""
-        return Term(self, lhs.swapaxes(-1, -2), cotangent)
+        return Term(self, _turned(lhs), cotangent)
 
     def batched(self, lhs: Any, rhs: Any, axes: tuple[int | None, int | None]) -> tuple[Term, Callable]:
         """Returns one product for a batch of them, and what puts the batch axis of its result first.
@@ -255,7 +255,44 @@ def contracted_axes(eqn: Any, operand: int) -> tuple[int, ...]:
     return tuple((numbers.lhs_spec, numbers.rhs_spec)[operand][1:])
 
 
-Layout = Callable[[jax.Array], jax.Array]
+def _turned(x: jax.Array) -> jax.Array:
+    """Returns an array with its last two axes in the other order."""
+    return lax.transpose(x, (*range(x.ndim - 2), x.ndim - 1, x.ndim - 2))
+
+
+def _ordered(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Returns an array with its axes in this order."""
+    return x if axes == tuple(range(x.ndim)) else lax.transpose(x, axes)
+
+
+def _shaped(x: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """Returns an array in this shape."""
+    return x if x.shape == tuple(shape) else lax.reshape(x, shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Brings an operand, or scales of its rank, into the shape in which it is multiplied.
+
+    Attributes:
+      groups: the axes that become one axis each: those of the batch, which may be none, the rows and the columns. None
+        leaves an array as it is.
+    """
+
+    groups: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None = None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns an array in the shape of the product."""
+        if self.groups is None:
+            return x
+        sizes = [math.prod(x.shape[axis] for axis in group) for group in self.groups]
+        return _shaped(_ordered(x, sum(self.groups, ())), sizes if self.groups[0] else sizes[1:])
+
+    def merged_into(self, axes: tuple[int, ...]) -> tuple[int, ...] | None:
+        """Returns the axes that become these, of the last two of the product; None if axes change their order."""
+        if self.groups is None or sum(self.groups, ()) != tuple(range(len(sum(self.groups, ())))):
+            return None
+        return sum((self.groups[axis] for axis in axes), ())
 
 
 class Layouts(NamedTuple):
@@ -269,7 +306,15 @@ class Layouts(NamedTuple):
 
     op: Any
     operands: tuple[Layout, Layout]
-    restore: Layout
+    restore: Callable[[jax.Array], jax.Array]
+
+
+def layouts_of(eqn: Any, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> Layouts:
+    """Returns a product as an operation of ours, and what brings operands of these shapes to it."""
+    if eqn.primitive.name == "dot_general":
+        return as_matmul(lhs, rhs, eqn.params["dimension_numbers"])
+    op = convolution(eqn.primitive, tuple(eqn.params.items()), lhs, rhs)
+    return Layouts(op, (Layout(), Layout()), Layout())
 
 
 def as_matmul(lhs: tuple[int, ...], rhs: tuple[int, ...], dimension_numbers: Any) -> Layouts:
@@ -278,15 +323,6 @@ def as_matmul(lhs: tuple[int, ...], rhs: tuple[int, ...], dimension_numbers: Any
     lhs_kept = [axis for axis in range(len(lhs)) if axis not in (*lhs_batch, *lhs_contracted)]
     rhs_kept = [axis for axis in range(len(rhs)) if axis not in (*rhs_batch, *rhs_contracted)]
     out = [lhs[axis] for axis in (*lhs_batch, *lhs_kept)] + [rhs[axis] for axis in rhs_kept]
-    operands = _merged(lhs_batch, lhs_kept, lhs_contracted), _merged(rhs_batch, rhs_contracted, rhs_kept)
-    return Layouts(Matmul(), operands, lambda product: product.reshape(out))
-
-
-def _merged(batch: Sequence[int], rows: Sequence[int], columns: Sequence[int]) -> Layout:
-    """Returns the layout that merges three groups of axes into one axis each; without a first if it is empty."""
-
-    def layout(x: jax.Array) -> jax.Array:
-        sizes = [math.prod(x.shape[axis] for axis in group) for group in (batch, rows, columns)]
-        return x.transpose((*batch, *rows, *columns)).reshape(sizes if batch else sizes[1:])
-
-    return layout
+    groups = (lhs_batch, lhs_kept, lhs_contracted), (rhs_batch, rhs_contracted, rhs_kept)
+    operands = [Layout(tuple(map(tuple, each))) for each in groups]  # pyright: ignore[reportArgumentType]
+    return Layouts(Matmul(), (operands[0], operands[1]), lambda product: _shaped(product, out))

@@ -23,8 +23,8 @@ from precision_lab.policy import Accumulator, Treatment
 from precision_lab.quant.core import Given
 from precision_lab.rewrite import _compat
 from precision_lab.rewrite.batched import batch_of
-from precision_lab.rewrite.bilinear import Layout, Layouts, Matmul, Term, as_matmul, convolution
-from precision_lab.rewrite.held import Numbers, quantized_by, takes_codes
+from precision_lab.rewrite.bilinear import Layout, Layouts, Matmul, Term, layouts_of
+from precision_lab.rewrite.held import Numbers, axes_before, quantized_by, takes_codes
 from precision_lab.rewrite.outliers import Outliers, decomposed
 from precision_lab.rewrite.packed import block_rows, product_in_blocks
 from precision_lab.rewrite.parameters import dense, is_stored
@@ -251,18 +251,6 @@ def cast_product(
     return layouts.restore((_bilinear_product if of_tangents else product_of)(Term(layouts.op, *operands), how))
 
 
-def layouts_of(eqn: Any, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> Layouts:
-    """Returns a product as an operation of ours, and what brings operands of these shapes to it."""
-    if eqn.primitive.name == "dot_general":
-        return as_matmul(lhs, rhs, eqn.params["dimension_numbers"])
-
-    def unchanged(x: jax.Array) -> jax.Array:
-        return x
-
-    op = convolution(eqn.primitive, tuple(eqn.params.items()), lhs, rhs)
-    return Layouts(op, (unchanged, unchanged), unchanged)
-
-
 def product_of(term: Term, how: Casting) -> jax.Array:
     """Returns a product with its own derivative."""
     return _with_derivative(term.op, how)(term.lhs, term.rhs)
@@ -306,8 +294,12 @@ def _values(x: Any, quantizer: Any, axes: tuple[int, ...], layout: Layout, given
     """Returns an operand on the grid of its quantizer, in the shape in which it is multiplied."""
     if is_stored(x):
         return layout(x.values())
-    x = layout(dense(x))
-    return x if quantizer is None else quantized_by(x, quantizer, axes, given)
+    x = dense(x)
+    if quantizer is None:
+        return layout(x)
+    if early := axes_before(layout, quantizer, axes, given):
+        return layout(quantized_by(x, quantizer, early, given))
+    return quantized_by(layout(x), quantizer, axes, given)
 
 
 def _values_and_codes(
@@ -316,8 +308,12 @@ def _values_and_codes(
     """Returns the values of an operand, its codes and their scales, in the shape in which they are multiplied."""
     if is_stored(x):
         return layout(x.values()), Codes(*map(layout, x.codes()))
+    x = dense(x)
     known, params = (given.given, given.params) if isinstance(given, Numbers) else (given, None)
-    return fake_quantized_and_codes(layout(dense(x)), quantizer, axes, known, params)
+    if early := axes_before(layout, quantizer, axes, given):
+        value, codes = fake_quantized_and_codes(x, quantizer, early, known, params)
+        return layout(value), Codes(*map(layout, codes))
+    return fake_quantized_and_codes(layout(x), quantizer, axes, known, params)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -344,7 +340,7 @@ def _with_derivative(op: Any, how: Casting, forward: Casting | None = None) -> C
             for operand, (pair, tangent) in enumerate(zip(pairs, tangents, strict=True))
             if not isinstance(tangent, SymbolicZero)
         ]
-        return product(lhs, rhs, *codes), functools.reduce(jnp.add, terms)
+        return product(lhs, rhs, *codes), functools.reduce(lax.add, terms)
 
     product.defjvp(jvp, symbolic_zeros=True)
     return product

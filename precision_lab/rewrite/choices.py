@@ -169,11 +169,10 @@ def _effect(step: Any, eqn: Any) -> Any:
     """Returns a step without what has no effect forward at this equation, such as the setting of other operands."""
     if not isinstance(step, Cast):
         return step
-    quantizes = any(operand.quantizer for operand in step.casting.operands) or any(step.before or ())
+    quantizers = [*(operand.quantizer for operand in step.casting.operands), *(step.before or ())]
     others = dict.fromkeys((*QUANTIZERS, *OF_TRAINING))
     treatment = dataclasses.replace(step.treatment, **others)
-    as_it_stands = already(eqn, treatment) and not quantizes
-    return None if as_it_stands else dataclasses.replace(step, treatment=treatment)
+    return None if already(eqn, treatment, quantizers) else dataclasses.replace(step, treatment=treatment)
 
 
 def _nothing(jaxpr: Any) -> Plan:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -41,10 +43,15 @@ def is_opaque(eqn: Any) -> bool:
     return bool(_compat.hidden_jaxprs(eqn)) and not eqn.primitive.name.startswith(_COMBINERS)
 
 
-def already(eqn: Any, treatment: Treatment) -> bool:
-    """Returns whether a product is, as it stands, what the policy asks for."""
-    if treatment.compute.name not in ("float32", "float64"):
+# What has no say in a product none of whose operands is quantized.
+_OF_QUANTIZERS = dict.fromkeys(("weight", "activation", "attention", "embedding", "backward", "outliers"))
+
+
+def already(eqn: Any, treatment: Treatment, quantizers: Iterable[Any]) -> bool:
+    """Returns whether a product is, as it stands, what the policy asks for; quantizers are those of its operands."""
+    if any(quantizers) or treatment.compute.name not in ("float32", "float64"):
         return False  # JAX's own derivative would multiply in mixed types.
+    treatment = dataclasses.replace(treatment, **_OF_QUANTIZERS)
     plain = Treatment(compute=treatment.compute, accum=default_accum(treatment.compute), execution=treatment.execution)
     dtypes = {np.dtype(atom.aval.dtype) for atom in eqn.invars[:2]}
     result = np.dtype(eqn.outvars[0].aval.dtype)

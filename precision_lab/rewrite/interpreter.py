@@ -15,8 +15,8 @@ from jax import lax
 
 from precision_lab.rewrite import _compat
 from precision_lab.rewrite.adapters import adapted, is_matrix
-from precision_lab.rewrite.bilinear import contracted_axes
-from precision_lab.rewrite.cast import PRODUCT, cast_product, layouts_of
+from precision_lab.rewrite.bilinear import contracted_axes, layouts_of
+from precision_lab.rewrite.cast import PRODUCT, cast_product
 from precision_lab.rewrite.custom_vmap import bind_custom_vmap
 from precision_lab.rewrite.held import require_state
 from precision_lab.rewrite.lookup import looked_up

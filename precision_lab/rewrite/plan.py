@@ -265,9 +265,10 @@ class Planner:
             return None
         self.sites.append(dataclasses.replace(site, treatment=treatment))
         adapter = self._adapter(eqn, sources)
-        if already(eqn, treatment) and adapter is None and not self._every_product:
-            return None
         parameters = (_is_path(sources[0]), _is_path(sources[1]))
+        as_it_stands = already(eqn, treatment, quantizers_of(treatment, parameters))
+        if as_it_stands and adapter is None and not self._every_product:
+            return None
         result = self._result(eqn, treatment)
         casting, before = casting_of(treatment, parameters, result)
         given = self._known(site, OPERANDS[0], treatment), self._known(site, OPERANDS[1], treatment)

@@ -16,7 +16,7 @@ from precision_lab.quant.numbers import static_params
 from precision_lab.quant.tiles import Tiles
 
 _LARGEST_INT8 = 127
-_SHARED = ("tensor", "channel", "token")
+SHARED = ("tensor", "channel", "token")  # granularities with one scale along what a product contracts
 _WITH_OFFSET = ("lsq+", "dorefa")
 NOTHING_GIVEN = Given()
 
@@ -104,7 +104,7 @@ def why_no_codes(left: Quantizer | None, right: Quantizer | None) -> str:
             return f"{quantizer} has an offset, which a product of codes does not"
         if code_dtype(quantizer) is None:
             return f"{quantizer} has no array type of up to 8 bits whose products are its values' products"
-        if quantizer.granularity.kind not in _SHARED:
+        if quantizer.granularity.kind not in SHARED:
             return f"{quantizer} has several scales along the contracted axis"
     if left is not None and right is not None and (code_dtype(left) == np.int8) != (code_dtype(right) == np.int8):
         return f"{left} and {right} are an integer and a float"
