@@ -49,6 +49,18 @@ def test_the_smoke_preset_of_every_experiment_runs_to_its_end(path, tmp_path):
     assert results.experiment.claims == ()
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.parent.name)
+def test_the_report_of_a_page_is_of_the_arms_and_claims_of_its_config(path):
+    experiment = runner.load(path)
+    report = re.search(r"<!-- report -->(.*)<!-- end of report -->", (path.parent / "README.md").read_text(), re.DOTALL)
+
+    assert report is not None
+    judged = re.findall(r"^\| [✓✗?] (?:reproduced|not reproduced|inconclusive) \| (.*?) \| ", report[1], re.MULTILINE)
+    arms = re.findall(r"^\| (\S+) \| ", report[1].partition("## Arms")[2].partition("## Run")[0], re.MULTILINE)
+    assert judged == [claim.sentence() for claim in experiment.claims]
+    assert arms[2:] == list(experiment.arms)
+
+
 def test_the_page_names_every_key_every_kind_and_every_metric():
     known = names_in_code(PAGE)
     fields = set(ExperimentConfig.written_keys())

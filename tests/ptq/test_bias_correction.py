@@ -79,6 +79,49 @@ def test_after_correction_no_output_channel_is_off_on_average():
     assert gained > 1
 
 
+def beside_one_another(params, x):
+    """Returns the outputs of several layers that get the same inputs, one after the other."""
+    return jnp.concatenate([dense(layer, x) for layer in params.values()], axis=1)
+
+
+@pytest.mark.parametrize("inputs", [16, 64])
+def test_check_35_what_a_correction_gains_is_what_inputs_of_that_mean_can_gain(inputs):
+    """W4 after ReLU inputs, 24 layers with weights of variance 2 / inputs: the notes' .065 and 17.2 to 19.4 dB.
+
+    Errors e of weights are spread evenly over a step, so E[e^2] = step^2 / 12, and outputs have the SQNR of weights. A
+    channel is off by E[x] sum(e) on average; without that, the energy of errors falls from E[x^2] sum(e^2) to that of
+    Var[x]. The notes do not give their data: their numbers have to lie within two standard deviations of draws.
+    """
+    rng = np.random.default_rng(inputs)
+    x = np.maximum(rng.normal(size=(4096, inputs)), 0).astype(np.float32)
+    kernels = (rng.normal(size=(24, inputs, 32)) * np.sqrt(2 / inputs)).astype(np.float32)
+    params = {f"{i:02}": {"kernel": kernel, "bias": np.zeros(32, np.float32)} for i, kernel in enumerate(kernels)}
+    quantized = pl.apply_policy(beside_one_another, W4)
+    fn, corrected = correct_biases((beside_one_another, params), (quantized, params), [x]).model
+
+    exact = np.einsum("ni,lio->nlo", x, kernels, dtype=np.float64)
+    before, after = (np.float64(y).reshape(exact.shape) for y in (quantized(params, x), fn(corrected, x)))
+    off = np.abs((exact - before).mean(0)).mean(-1)
+    db_before, db_after = (
+        10 * np.log10((exact**2).sum((0, 2)) / ((exact - y) ** 2).sum((0, 2))) for y in (before, after)
+    )
+
+    step = np.abs(kernels).max((1, 2)) / 7
+    mean, square = 1 / np.sqrt(2 * np.pi), 1 / 2  # of relu(x), x from N(0, 1)
+    assert_mean(db_before, 10 * np.log10((2 / inputs) / (step**2 / 12)))
+    assert_mean(db_after - db_before, 10 * np.log10(square / (square - mean**2)))  # 1.66
+    assert_mean(off, mean * np.sqrt(2 / np.pi * inputs * step**2 / 12))
+    assert np.abs((exact - after).mean(0)).max() < 1e-6
+    for of_notes, drawn in ((17.2, db_before), (19.4, db_after), (2.2, db_after - db_before), (0.065, off)):
+        assert abs(of_notes - drawn.mean()) < 2 * drawn.std(ddof=1)
+
+
+def assert_mean(found, expected):
+    """Checks a mean over draws against theory, by four standard errors."""
+    difference = found - expected
+    assert abs(difference.mean()) < 4 * difference.std(ddof=1) / np.sqrt(len(difference))
+
+
 @pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
 def test_expected_activations_agree_with_samples(activation):
     """Check 36 of notes/quantization.md: 4e5 samples of N(beta, gamma)."""

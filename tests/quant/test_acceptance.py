@@ -174,7 +174,10 @@ ARRAYS = {
         "quant/test_fitting.test_check_27_the_best_ternary_scale_is_no_worse_than_twn_and_that_than_the_mean",
         "quant/test_fitting.test_check_27_two_bits_at_their_best_are_no_worse_than_greedy_ones",
     ],
-    35: ["ptq/test_bias_correction.test_after_correction_no_output_channel_is_off_on_average"],
+    35: [
+        "ptq/test_bias_correction.test_after_correction_no_output_channel_is_off_on_average",
+        "ptq/test_bias_correction.test_check_35_what_a_correction_gains_is_what_inputs_of_that_mean_can_gain",
+    ],
     36: ["ptq/test_bias_correction.test_expected_activations_agree_with_samples"],
     37: [
         "quant/test_estimators.test_lsq_learns_its_scale",
@@ -206,12 +209,18 @@ ARRAYS = {
         "quant/test_qtensor.test_bytes_are_counted_by_hand_and_really_stored",
     ],
     49: ["quant/test_errors.test_error_against_true_bits"],
+    50: [
+        "nn/test_orders.test_check_50_with_nf4_every_order_ends_near_the_others_and_near_float32",
+        "nn/test_orders.test_check_50_adapters_kept_apart_beat_quantizing_after_adapting_and_quantizing_again",
+        "nn/test_orders.test_check_50_all_weights_trained_quantized_beat_those_quantized_after_training",
+        "test_experiments.test_the_smoke_preset_of_every_experiment_runs_to_its_end",
+        "test_experiments.test_the_report_of_a_page_is_of_the_arms_and_claims_of_its_config",
+    ],
     51: ["ptq/test_seeds.test_one_seed_is_one_report_and_another_changes_what_is_drawn_alone"],
     52: ["quant/test_errors.test_finer_granularity_errs_less_on_average"],
 }
 OPEN_ARRAYS = {
-    35: "the law, not the decibels of the notes, whose data are not given: their kind has 17-18 before, 19-20 after",
-    50: "quantise_tune_order has its orders, four widths, three seeds; neither ternary nor training of all weights",
+    50: "all but one part: with NF4 training all weights ends further below adapters than .03, as it does in float32",
 }
 
 

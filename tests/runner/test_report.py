@@ -340,6 +340,20 @@ def test_a_run_is_paired_with_the_beginning_of_another_if_both_were_initialised_
     assert unpaired([runs["three"], runs["moved"]]) == ["start.data.batch", "start.start.data.batch"]
 
 
+def test_a_run_that_trains_nothing_is_paired_as_the_one_that_it_evaluates():
+    evaluated, other = {"train": {"steps": 0, "eval_every": None}}, {"data": {"batch": 16}}
+    arms = {"one": {}, "tuned": {"start": {"arm": "one"}, **other}, "more": {"start": {"arm": "one"}, **other}}
+    arms["judged"] = {"start": {"arm": "tuned"}, **other, **evaluated}
+    arms["elsewhere"] = {"start": {"arm": "tuned"}, **evaluated}
+    found = runner.load({**EXPERIMENT, "arms": arms, "baseline": "one", "claims": []}).runs
+    runs = {arm: seeds[0] for arm, seeds in found.items()}
+
+    assert unpaired([runs["judged"], runs["more"]]) == []
+    assert unpaired([runs["judged"], runs["tuned"]]) == []
+    assert unpaired([runs["judged"], runs["one"]]) == ["data.batch"]
+    assert unpaired([runs["elsewhere"], runs["more"]]) == ["data.batch", "start.data.batch"]
+
+
 @pytest.fixture
 def mixed(training):
     """Two trainings and a probe, all finished, with numbers that are made up."""
