@@ -46,10 +46,9 @@ def doctor_command(
     place, other = _place(path, out), _place(against, out) if against else None
     with Bar(None, f"reading {place}") as bar:
         from precision_lab import doctor
-        from precision_lab.training.state_files import read_state
 
-        earlier = None if other is None else _chosen(read_state(other), only, other)
-        found = doctor(_chosen(read_state(place), only, place), fmts, against=earlier, tell=bar.tell)
+        state, *earlier = _states([place] if other is None else [place, other], only)
+        found = doctor(state, fmts, against=earlier[0] if earlier else None, tell=bar.tell)
     if json:
         show_json(_data(place, other, found))
         return
@@ -67,22 +66,24 @@ def _place(path: str, out: Path) -> Path:
     return find_run(path, out).checkpoints
 
 
-def _chosen(state: Any, only: str, place: Path) -> Any:
-    """Returns the arrays whose paths match a glob, or all.
+def _states(places: list[Path], only: str) -> list[dict[str, Any]]:
+    """Returns the arrays of each place by path, all or those whose paths match a glob.
 
     Raises:
       ValueError: none matches.
     """
     from precision_lab.policy.patterns import glob_matches
-    from precision_lab.telemetry.doctor import named_arrays
+    from precision_lab.telemetry.doctor import arrays_by_path
+    from precision_lab.training.state_files import read_state
 
-    arrays = named_arrays(state)
-    found = {path: x for path, x in arrays.items() if not only or glob_matches(only, path)}
-    if arrays and not found:
-        raise ValueError(
-            f"--only {only} matches no array of {place}; the first of {len(arrays)} is {next(iter(arrays))}."
-        )
-    return found
+    states = []
+    for place, arrays in zip(places, arrays_by_path(*map(read_state, places)), strict=True):
+        found = {path: x for path, x in arrays.items() if not only or glob_matches(only, path)}
+        if arrays and not found:
+            first = next(iter(arrays))
+            raise ValueError(f"--only {only} matches no array of {place}; the first of {len(arrays)} is {first}.")
+        states.append(found)
+    return states
 
 
 def _show(found: "Diagnosis") -> None:
