@@ -185,7 +185,7 @@ def doctor(
 
     Args:
       tree: pytree of arrays, as parameters, a train state, an optimizer's state, or an `nnx.Module`. They are looked at
-        in whole and on the host; leaves that are no arrays of numbers, or wider than float64, are listed and not counted.
+        in whole and on the host; leaves that are no arrays of numbers, or of wider ones than float64, are only listed.
       formats: candidate formats with a range of their own; one of scaled blocks has none.
       against: an earlier state of the same paths, to tell which arrays changed dtype on the way, and what that lost.
       tell: called with the path of each array when it is done, and 1.

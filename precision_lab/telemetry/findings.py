@@ -22,8 +22,8 @@ class Finding:
 
     Attributes:
       kind: "nonfinite", "misread", "record", "overflow", "flushed", "subnormal", "own_subnormal", "narrower",
-        "constant", "whole_numbers", "uncounted"; of two checkpoints "missing", "added", "shape", "reinterpreted", "cast", "through",
-        "values", "same".
+        "constant", "whole_numbers", "uncounted"; of two checkpoints "missing", "added", "shape", "reinterpreted",
+        "cast", "through", "values", "same".
       paths: the tensors, the worst first.
       text: a sentence.
     """
