@@ -45,7 +45,9 @@ def already(eqn: Any, treatment: Treatment) -> bool:
     """Returns whether a product is, as it stands, what the policy asks for."""
     if treatment.compute.name not in ("float32", "float64"):
         return False  # JAX's own derivative would multiply in mixed types.
-    plain = Treatment(compute=treatment.compute, accum=default_accum(treatment.compute), execution=treatment.execution)
+    free = ("execution",) if treatment.quantizes else ("execution", "backward", "outliers")
+    same = {key: getattr(treatment, key) for key in free}  # which say how, and nothing of what
+    plain = Treatment(compute=treatment.compute, accum=default_accum(treatment.compute), **same)
     dtypes = {np.dtype(atom.aval.dtype) for atom in eqn.invars[:2]}
     result = np.dtype(eqn.outvars[0].aval.dtype)
     return treatment == plain and dtypes == {treatment.compute.dtype} and result == treatment.compute.dtype
