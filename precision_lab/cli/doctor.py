@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from precision_lab.cli.browse import find_run, runs_called
 from precision_lab.cli.experiments import Json, Out
+from precision_lab.cli.naming import find_run, parse_name, runs_called
 from precision_lab.cli.output import Bar, console, show, show_json
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
 
 def doctor_command(
     path: Annotated[
-        str, typer.Argument(help="A run, a folder of Orbax checkpoints or one of them, or .npz, .npy, .safetensors.")
+        str, typer.Argument(help="A run or EXPERIMENT::ARM::SEED, a folder of Orbax's, or .npz, .npy, .safetensors.")
     ],
     fmt: Annotated[
         list[str] | None,
@@ -61,7 +61,7 @@ def _place(path: str, out: Path) -> Path:
     """Returns the file or folder that a path, or the name of a run, means."""
     if Path(path).exists():
         return Path(path)
-    if not runs_called(path, out):
+    if not parse_name(path).arm and not runs_called(path, out):
         raise ValueError(f"no file or folder {path!r}, and no run of that name in {out}.")
     return find_run(path, out).checkpoints
 
