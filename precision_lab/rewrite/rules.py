@@ -76,9 +76,7 @@ def _require_effect(rule: Rule, sites: Sequence[Site]) -> None:
 def _instead(site: Site, key: str) -> str:
     """Says what a site is and which settings there are for it, instead of one."""
     if key == "round":
-        return (
-            "is inside a function with rules of its own, which is rounded as a whole: say **:custom_jvp_call#* or such"
-        )
+        return "is inside a function with rules of its own, which is rounded as a whole: say its name, as in **:relu#*"
     if key == "op" and site.is_product:
         return "is a product, and op= is for other operations: say compute= or leave it out"
     if site.op in _compat.CLOSED:
