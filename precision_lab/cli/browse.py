@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from precision_lab.cli.experiments import Import, Json, Out
+from precision_lab.cli.naming import RUN_HELP, experiment_called, find_run, parse_name
 from precision_lab.cli.output import console, show, show_json
 
 if TYPE_CHECKING:
@@ -120,17 +121,18 @@ def _sides(text: str, out: Path) -> list["comparison.Side"]:
     from precision_lab import runner
     from precision_lab.runner import comparison
 
-    target, colons, arm = text.partition("::")
-    try:
-        return [comparison.side_of_run(find_run(text, out))]
-    except ValueError as error:
-        if not colons and not Path(target).exists() and not (Path("experiments") / target).exists():
-            raise ValueError(f"{error} Nor is it an experiment; arms are written EXPERIMENT::ARM.") from None
-    folder = Path(target).resolve()
-    if (folder / "experiment.yaml").is_file():
-        out = folder.parent
-    results = runner.read(runner.load(target, arms=[arm] if arm else ()), out)
-    return [comparison.side_of_arm(f"{target}::{name}", results.of_arm(name)) for name in results.experiment.arms]
+    name = parse_name(text)
+    found = experiment_called(name.target, out)
+    if name.seed is not None or (found is None and not name.arm):
+        try:
+            return [comparison.side_of_run(find_run(text, out))]
+        except ValueError as error:
+            more = "" if name.arm else " Nor is it an experiment; arms are written EXPERIMENT::ARM."
+            raise ValueError(f"{error}{more}") from None
+    source, out = found or (name.target, out)
+    results = runner.read(runner.load(source, arms=[name.arm] if name.arm else ()), out)
+    arms = results.experiment.arms
+    return [comparison.side_of_arm(f"{name.target}::{arm}", results.of_arm(arm)) for arm in arms]
 
 
 def _number(value: Any) -> str:
@@ -150,7 +152,7 @@ def _age(unix_s: float | None) -> str:
 
 
 def show_run(
-    run: Annotated[str, typer.Argument(help="A run's name, the start of it or of its hash, or its folder.")],
+    run: Annotated[str, typer.Argument(help=RUN_HELP)],
     out: Out = Path("runs"),
     imports: Import = None,
     json: Json = False,
@@ -168,36 +170,6 @@ def show_run(
     out_console = console()
     for line in _lines(found, data):
         out_console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def find_run(name: str, out: Path) -> "RunDir":
-    """Returns the one run that a name, a prefix of it or of its hash, or a folder means.
-
-    Raises:
-      ValueError: none, or more than one.
-    """
-    from precision_lab.runner.rundir import all_runs
-    from precision_lab.runner.tree import suggestion
-
-    found = runs_called(name, out)
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise ValueError(f"{name!r} may be any of {', '.join(run.id for run in found[:4])}; write more of it.")
-    runs = [run.id for run in all_runs(out)]
-    hint = suggestion(name, runs, what="runs") if len(runs) <= 8 else "; precision-lab ls lists them."
-    raise ValueError(f"no run {name!r} in {out}{hint}")
-
-
-def runs_called(name: str, out: Path) -> list["RunDir"]:
-    """Returns the runs that a name, a prefix of it or of its hash, or a folder may mean."""
-    from precision_lab.runner.rundir import RunDir, all_runs
-
-    if (Path(name) / "config.yaml").is_file() and (Path(name).parent.name == "trials"):
-        return [RunDir(Path(name))]
-    runs = {run.id: run for run in all_runs(out)}
-    exact = [run for key, run in runs.items() if key == name]
-    return exact or [run for key, run in runs.items() if key.startswith(name) or key.split("-")[-1].startswith(name)]
 
 
 def _details(run: "RunDir") -> dict[str, Any]:

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from precision_lab.cli.browse import find_run, runs_called
 from precision_lab.cli.experiments import Json, Out
+from precision_lab.cli.naming import find_run, parse_name, runs_called
 from precision_lab.cli.output import Bar, console, show, show_json
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
 
 def doctor_command(
     path: Annotated[
-        str, typer.Argument(help="A run, a folder of Orbax checkpoints or one of them, or .npz, .npy, .safetensors.")
+        str, typer.Argument(help="A run or EXPERIMENT::ARM::SEED, a folder of Orbax's, or .npz, .npy, .safetensors.")
     ],
     fmt: Annotated[
         list[str] | None,
@@ -46,10 +46,9 @@ def doctor_command(
     place, other = _place(path, out), _place(against, out) if against else None
     with Bar(None, f"reading {place}") as bar:
         from precision_lab import doctor
-        from precision_lab.training.state_files import read_state
 
-        earlier = None if other is None else _chosen(read_state(other), only, other)
-        found = doctor(_chosen(read_state(place), only, place), fmts, against=earlier, tell=bar.tell)
+        state, *earlier = _states([place] if other is None else [place, other], only)
+        found = doctor(state, fmts, against=earlier[0] if earlier else None, tell=bar.tell)
     if json:
         show_json(_data(place, other, found))
         return
@@ -62,27 +61,29 @@ def _place(path: str, out: Path) -> Path:
     """Returns the file or folder that a path, or the name of a run, means."""
     if Path(path).exists():
         return Path(path)
-    if not runs_called(path, out):
+    if not parse_name(path).arm and not runs_called(path, out):
         raise ValueError(f"no file or folder {path!r}, and no run of that name in {out}.")
     return find_run(path, out).checkpoints
 
 
-def _chosen(state: Any, only: str, place: Path) -> Any:
-    """Returns the arrays whose paths match a glob, or all.
+def _states(places: list[Path], only: str) -> list[dict[str, Any]]:
+    """Returns the arrays of each place by path, all or those whose paths match a glob.
 
     Raises:
       ValueError: none matches.
     """
     from precision_lab.policy.patterns import glob_matches
-    from precision_lab.telemetry.doctor import named_arrays
+    from precision_lab.telemetry.doctor import arrays_by_path
+    from precision_lab.training.state_files import read_state
 
-    arrays = named_arrays(state)
-    found = {path: x for path, x in arrays.items() if not only or glob_matches(only, path)}
-    if arrays and not found:
-        raise ValueError(
-            f"--only {only} matches no array of {place}; the first of {len(arrays)} is {next(iter(arrays))}."
-        )
-    return found
+    states = []
+    for place, arrays in zip(places, arrays_by_path(*map(read_state, places)), strict=True):
+        found = {path: x for path, x in arrays.items() if not only or glob_matches(only, path)}
+        if arrays and not found:
+            first = next(iter(arrays))
+            raise ValueError(f"--only {only} matches no array of {place}; the first of {len(arrays)} is {first}.")
+        states.append(found)
+    return states
 
 
 def _show(found: "Diagnosis") -> None:

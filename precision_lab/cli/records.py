@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from precision_lab.cli.browse import find_run
 from precision_lab.cli.experiments import Import, Json, Out, stopping_in_words
+from precision_lab.cli.naming import RUN_HELP, find_run
 from precision_lab.cli.output import console, say, show, show_json
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def _plain(value: Any) -> Any:
 
 
 def export(
-    run: Annotated[str, typer.Argument(help="A run's name, the start of it or of its hash, or its folder.")],
+    run: Annotated[str, typer.Argument(help=RUN_HELP)],
     to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="csv, parquet or npz.")] = "csv",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="PATH", help="The file; RUN.FORMAT here if not given.")

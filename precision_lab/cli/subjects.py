@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from precision_lab.cli.browse import find_run, runs_called
 from precision_lab.cli.model_memory import parse_model
+from precision_lab.cli.naming import experiment_called, find_run, parse_name, runs_called, runs_of_arm
 from precision_lab.models.config import MODELS
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Target = Annotated[
     str,
-    typer.Argument(help="An experiment, a run (its name, the start of it, or its folder), or transformer:width=64."),
+    typer.Argument(help="An experiment or an arm of it (experiments/x::float16), a run, or transformer:width=64."),
 ]
 Arm = Annotated[str, typer.Option("--arm", metavar="NAME", help="Which arm of an experiment; the baseline by default.")]
 Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Which seed of an experiment or model.", min=0)]
@@ -49,20 +49,23 @@ def find_subject(
 ) -> Subject:
     """Returns what a target means.
 
-    A folder or a file comes first, then the name of an experiment, a kind of model, and a run in `out`.
+    A folder or a file comes first, then the name of an experiment, a kind of model, and a run in `out`. An arm and a
+    seed are options, or parts of the target (see `naming`).
 
     Raises:
       ValueError: nothing or several runs are meant, it has no model, or the options are not for it.
     """
-    from precision_lab.runner.loading import EXPERIMENTS, import_module_of_user
+    from precision_lab.runner.loading import import_module_of_user
 
     for module in imports:
         import_module_of_user(module)
     given = [name for name, value in (("--arm", arm), ("--seed", seed is not None), ("--set", settings)) if value]
-    is_run = (Path(target) / "config.yaml").is_file() and Path(target).parent.name == "trials"
-    if not is_run and (Path(target).exists() or (EXPERIMENTS / target).exists()):
-        return _of_experiment(target, arm, seed, settings)
-    if not is_run and target.partition(":")[0] in MODELS.kinds():
+    name = parse_name(target)
+    found = experiment_called(name.target, out)
+    if found or name.arm:
+        arm, seed = _one_of("--arm", arm, name.arm) or "", _one_of("--seed", seed, name.seed)
+        return _of_experiment(found.source if found else name.target, arm, seed, settings)
+    if not Path(target).exists() and target.partition(":")[0] in MODELS.kinds():
         _refuse(target, "a model", [name for name in given if name != "--seed"])
         return _of_model(target, seed or 0)
     if not runs_called(target, out):
@@ -70,6 +73,17 @@ def find_subject(
     _refuse(target, "a run", given)
     run = find_run(target, out)
     return Subject(run.id, _with_model(run.id, run.config()), run)
+
+
+def _one_of(option: str, given: Any, named: Any) -> Any:
+    """Returns what an option or the target itself says.
+
+    Raises:
+      ValueError: they differ.
+    """
+    if given not in (None, "", named) and named not in (None, ""):
+        raise ValueError(f"{option} {given}, but the target says {named}; leave one of them out.")
+    return named if given in (None, "") else given
 
 
 def _unknown(target: str, out: Path) -> ValueError:
@@ -95,15 +109,13 @@ def _refuse(target: str, kind: str, given: Sequence[str]) -> None:
 def _of_experiment(target: str, arm: str, seed: int | None, settings: Sequence[str]) -> Subject:
     """Returns one arm of an experiment, the baseline unless named."""
     from precision_lab import runner
-    from precision_lab.runner.tree import suggestion
 
     # All arms are loaded: a metric or claim of the file may be about others.
     experiment = runner.load(target, settings=settings, seeds=() if seed is None else (seed,))
     chosen = arm or experiment.baseline_arm
-    if chosen not in experiment.arms:
-        raise ValueError(f"no arm {arm!r} in {experiment.name}{suggestion(arm, experiment.arms, what='arms')}")
+    config = next(iter(runs_of_arm(experiment, chosen).values()))
     name = f"{experiment.name}, arm {chosen}"
-    return Subject(name, _with_model(name, next(iter(experiment.runs[chosen].values()))))
+    return Subject(name, _with_model(name, config))
 
 
 def _with_model(name: str, config: object) -> "RunConfig":

@@ -235,8 +235,8 @@ def _options(name: str, text: str | None, base: tuple[Format, tuple[int, ...], R
     options = text.split(",") if text else []
     rules = [option for option in options if option != "full"]
     if not set(options) <= set(possible) or len(set(options)) < len(options) or len(rules) > 1:
-        choice = f"one rule and {'full' if 'full' in possible else 'nothing else'}, of" if possible else "none"
-        raise ValueError(f"block format {name!r}: cannot use {text!r}; options are {choice} {', '.join(possible)}.")
+        rest = f"one rule and {'full' if 'full' in possible else 'nothing else'}, of {', '.join(possible)}"
+        raise ValueError(f"block format {name!r}: cannot use {text!r}; options are {rest if possible else 'none'}.")
     return options
 
 

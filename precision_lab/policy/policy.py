@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from precision_lab.formats import Format
 from precision_lab.policy.casting import cast_floating
+from precision_lab.policy.checks import Origins, check_at, check_treatment, check_whole
 from precision_lab.policy.patterns import glob_matches
 from precision_lab.policy.treatment import (
     FLOAT32,
     SETTINGS,
     Treatment,
-    check_treatment,
     default_accum,
     require_sign_and_zero,
 )
@@ -89,11 +89,13 @@ class Policy(Treatment):
     def __post_init__(self) -> None:
         if self.ops not in OPS:
             raise ValueError(f"ops={self.ops} must be one of {', '.join(OPS)}.")
-        check_treatment(self, where="")
+        check_treatment(self)
+        check_whole(self)
         for key in ("params", "output"):
             _require_storable(key, getattr(self, key))
         for rule in self.rules:
-            check_treatment(_changed(self._treatment(), rule), where=f" in rule '{rule.pattern}'")
+            check = check_treatment if rule.sets("outliers") else check_at  # what it is for, other rules may give
+            check(_changed(self._treatment(), rule), Origins((rule,)))
 
     @classmethod
     def parse(cls, spec: str | Policy | jmp.Policy | Any) -> Policy:
@@ -150,6 +152,10 @@ class Policy(Treatment):
             if rule.matches(*names):
                 treatment = _changed(treatment, rule)
         return treatment
+
+    def check_at(self, treatment: Treatment, names: Sequence[str]) -> None:
+        """Raises ValueError if rules gave the product that goes by `names` a treatment that contradicts itself."""
+        check_at(treatment, Origins([rule for rule in self.rules if rule.matches(*names)], names[0]))
 
     def decided_by(self, setting: str, names: Sequence[str]) -> str:
         """Returns the pattern of the rule that decides a setting at the site that goes by `names`, empty if none."""

@@ -182,13 +182,14 @@ def is_literal(atom: Any) -> bool:
 
 
 def function_name(eqn: Equation) -> str:
-    """Returns the name of the function that a jit or a custom derivative calls; empty for other equations."""
+    """Returns the name of the function that a jit or one with rules of its own calls; empty if there is none."""
     if eqn.primitive.name in JITS:
         return eqn.params["name"]
-    if eqn.primitive.name not in CUSTOM_RULES:
+    if eqn.primitive.name not in CUSTOM_RULES | {CUSTOM_VMAP}:
         return ""
-    call = eqn.params["call_jaxpr"]
-    return getattr(getattr(call, "jaxpr", call).debug_info, "func_name", "")
+    call = eqn.params["call" if eqn.primitive.name == CUSTOM_VMAP else "call_jaxpr"]
+    name = getattr(getattr(call, "jaxpr", call).debug_info, "func_name", "")
+    return name if name.isidentifier() else ""
 
 
 def scope_of(eqn: Equation) -> str:

@@ -337,12 +337,14 @@ class Planner:
         """Builds the site of an operation, not yet decided."""
         parameter = next((source for source in (*sources[1:2], *sources[:1]) if _is_path(source)), None)
         path, op = clean_scope(scope, self.root) if parameter is None else parameter, eqn.primitive.name
-        index = self._counts[path, op]
-        self._counts[path, op] += 1
+        function = _compat.function_name(eqn) if op in _compat.CLOSED else ""
+        index, again = self._counts[path, op], self._counts[path, function]
+        self._counts.update({(path, name): 1 for name in (op, function)})
         operands = tuple(describe(atom.aval) for atom in eqn.invars)
         out, module = describe(eqn.outvars[0].aval), module_types(path, self.types)
         by = _quantized_by(op, sources)
-        return Site(path, op, index, parameter is not None, operands, out, flops(eqn), module=module, quantized_by=by)
+        named = {"label": f"{function}#{again}" if function else "", "module": module, "quantized_by": by}
+        return Site(path, op, index, parameter is not None, operands, out, flops(eqn), **named)
 
     def _report_hidden(self, jaxpr: Any, scope: str, holder: str) -> None:
         """Records the products inside an equation that is not entered, so that they are not passed over in silence."""

@@ -18,7 +18,7 @@ OF_OPERANDS = tuple(key for key in QUANTIZERS if key != "gradient")
 
 
 def require_every_rule_used(policy: Policy, sites: Sequence[Site]) -> None:
-    """Raises ValueError for a rule that does nothing, or says something that does nothing.
+    """Raises ValueError for a rule that does nothing, or says something that does nothing or contradicts another one.
 
     That is a rule that matches no site, only sites that are left alone, or only sites at which one of its settings
     has nothing to act on. Settings that are switched off, such as `weight=none`, may be anywhere.
@@ -26,6 +26,9 @@ def require_every_rule_used(policy: Policy, sites: Sequence[Site]) -> None:
     unused = [rule for rule in policy.rules if not any(rule.matches(*site.names) for site in sites)]
     if unused:
         raise ValueError(_unused_message(unused[0].pattern, len(unused), len(policy.rules), sites))
+    for site in sites if policy.rules else ():
+        if site.is_product and site.treatment is not None:
+            policy.check_at(site.treatment, site.names)
     for rule in policy.rules:
         matched = [site for site in sites if rule.matches(*site.names)]
         never = rule.sets("op") and dict(rule.settings)["op"] == "never"
@@ -53,7 +56,7 @@ def acts(site: Site, key: str, value: Any) -> bool:
     if key in ("dgrad", "wgrad"):
         return bool({"wgrad": {"weight"}, "dgrad": {"activation", "attention"}}[key].intersection(by))
     if key == "outliers":
-        return {"weight", "activation"} <= set(by)
+        return {"weight", "activation"} <= set(by) and None not in (site.treatment.weight, site.treatment.activation)
     quantized = any(getattr(site.treatment, role) is not None for role in (*by, "gradient"))
     return site.is_product and (key != "backward" or quantized)
 
@@ -73,9 +76,7 @@ def _require_effect(rule: Rule, sites: Sequence[Site]) -> None:
 def _instead(site: Site, key: str) -> str:
     """Says what a site is and which settings there are for it, instead of one."""
     if key == "round":
-        return (
-            "is inside a function with rules of its own, which is rounded as a whole: say **:custom_jvp_call#* or such"
-        )
+        return "is inside a function with rules of its own, which is rounded as a whole: say its name, as in **:relu#*"
     if key == "op" and site.is_product:
         return "is a product, and op= is for other operations: say compute= or leave it out"
     if site.op in _compat.CLOSED:

@@ -34,6 +34,7 @@ class Site:
       treatment: what the policy makes of it; None where the site is left alone.
       reason: why the site is left alone; empty where it is not.
       quantized_by: the setting that quantizes each operand: "weight", "activation", "attention" or "embedding".
+      label: of a function with rules of its own its name and count, such as "relu#0"; empty for all else.
       module: type names of the modules around it, outermost first ("GPT/EncoderBlock/LayerNorm"); empty in functions.
     """
 
@@ -46,6 +47,7 @@ class Site:
     flops: int
     treatment: Treatment | None = None
     reason: str = ""
+    label: str = ""
     module: str = ""
     quantized_by: tuple[str, ...] = ()
 
@@ -91,14 +93,22 @@ class Site:
 
     @property
     def full_name(self) -> str:
-        """`path:op#index`, which every site has."""
-        return f"{self.path}:{self.op}#{self.index}"
+        """`path:op#index`, or `path:label` where there is one; every site has it."""
+        return f"{self.path}:{self.label or self._count}"
+
+    @property
+    def _count(self) -> str:
+        return f"{self.op}#{self.index}"
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What a rule's pattern may match: path, names, and the types of the modules around it as `@Type`."""
+        """What a rule's pattern may match: path, names, and the types of the modules around it as `@Type`.
+
+        A function goes by its primitive too: `**:custom_jvp_call#*` matches all that have derivatives of their own.
+        """
         types = self.module.split("/") if self.module else ()
-        return (self.path, self.name, self.full_name, *(f"@{name}" for name in types))
+        by_op = (f"{self.path}:{self._count}",) if self.label else ()
+        return (self.path, self.name, self.full_name, *by_op, *(f"@{name}" for name in types))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,19 +68,38 @@ def _differ(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Returns where two arrays have different values, exactly."""
     if a.dtype.kind in "iub" and b.dtype.kind in "iub":
         return a != b
-    x, y = a.astype(np.float64), b.astype(np.float64)
+    if _is_long(a.dtype) or _is_long(b.dtype):
+        return _differ_from_long(a, b) if _is_long(a.dtype) else _differ_from_long(b, a)
+    x, y = _wide(a), _wide(b)
     return (x != y) & ~(np.isnan(x) & np.isnan(y))
+
+
+def _is_long(dtype: np.dtype) -> bool:
+    """Returns whether a dtype is of integers that float64 has not all of."""
+    return dtype.kind in "iu" and dtype.itemsize == 8
+
+
+def _differ_from_long(whole: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Returns where 64-bit integers and other numbers differ; compared as integers, since float64 would round them."""
+    info, real = np.iinfo(whole.dtype), _wide(other)
+    possible = (real >= float(info.min)) & (real < float(info.max + 1)) & (real == np.trunc(real))
+    return ~possible | (np.where(possible, real, 0).astype(whole.dtype) != whole)
+
+
+def _wide(x: np.ndarray) -> np.ndarray:
+    """Returns the same values in float64; those that it would round in NumPy's long double, where that is wider."""
+    return x.astype(np.longdouble if x.dtype.itemsize > 8 or _is_long(x.dtype) else np.float64)
 
 
 def _lost(before: np.ndarray, after: np.ndarray) -> tuple[int, int]:
     """Returns how many finite values are no longer finite, and how many non-zero ones are zero."""
-    x, y = before.astype(np.float64), after.astype(np.float64)
+    x, y = _wide(before), _wide(after)
     return int(np.sum(np.isfinite(x) & ~np.isfinite(y))), int(np.sum((x != 0) & (y == 0)))
 
 
 def _max_rel(before: np.ndarray, after: np.ndarray) -> float:
     """Returns the largest relative difference."""
-    x, y = before.astype(np.float64), after.astype(np.float64)
+    x, y = _wide(before), _wide(after)
     known = np.isfinite(x) & np.isfinite(y) & (x != 0)
     with np.errstate(over="ignore"):
         return float(np.max(np.abs(y[known] - x[known]) / np.abs(x[known]), initial=0))
@@ -92,7 +111,7 @@ def _kind_of_cast(before: np.ndarray, after: np.ndarray, changed: int) -> str:
         return CAST
     if before.dtype.itemsize == after.dtype.itemsize and before.tobytes() == after.tobytes():
         return REINTERPRETED
-    both = is_floating(before.dtype) and is_floating(after.dtype)
+    both = is_floating(before.dtype) and is_floating(after.dtype) and after.dtype.itemsize <= 8
     return CAST if both and _is_rounded(before, after, formats.format(after.dtype)) else VALUES
 
 
@@ -100,9 +119,9 @@ def _is_rounded(before: np.ndarray, after: np.ndarray, fmt: Any) -> bool:
     """Returns whether the later values are the earlier ones rounded to a format."""
     if not isinstance(fmt, Format):
         return False
-    expected, found = rounded(before, fmt).astype(np.float64), widened(after).astype(np.float64)
+    expected, found = _nearest(before, fmt).astype(np.float64), widened(after).astype(np.float64)
     # What overflows becomes infinite, NaN or the largest value, as whoever cast it chose.
-    over = ~np.isfinite(expected) | (np.abs(before.astype(np.float64)) > fmt.max)
+    over = ~np.isfinite(expected) | (np.abs(_wide(before)) > fmt.max)
     return bool(np.all((expected == found) | over | (np.isnan(expected) & np.isnan(found))))
 
 
@@ -115,4 +134,12 @@ def _through(before: np.ndarray, after: np.ndarray) -> str:
 
 def _is_rounded_to(before: np.ndarray, after: np.ndarray, fmt: Any) -> bool:
     """Returns whether the later values are the earlier ones rounded to a format, what overflows included."""
-    return not np.any(_differ(rounded(before, fmt), after))
+    return not np.any(_differ(_nearest(before, fmt), after))
+
+
+def _nearest(x: np.ndarray, fmt: Format) -> np.ndarray:
+    """Returns values on the grid of a format with a dtype; of long doubles, which JAX has not, by NumPy's cast."""
+    if x.dtype.itemsize <= 8:
+        return rounded(x, fmt)
+    with np.errstate(over="ignore"):
+        return x.astype(fmt.dtype)

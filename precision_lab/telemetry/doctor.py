@@ -7,6 +7,7 @@ print(pl.doctor(loaded, against=saved))       # which tensors were cast on the w
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from precision_lab.telemetry.findings import Finding, number_of, of_changes, of_
 from precision_lab.telemetry.reading import Reading
 
 _DEFAULT = ("float16", "bfloat16")
+_WIDEST_BYTES = 8  # of a number that JAX can count; NumPy's long double is wider
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Leaf:
     """One array, and what there is to say about it; numbers of what is not floating are zero or None.
 
     Attributes:
-      path: where it is, as "params/head/kernel"; "array" for a tree that is one array.
+      path: where it is, as "params/head/kernel"; "array" for a tree that is one array; see `arrays_by_path`.
       dtype, shape, nbytes: as stored.
       amax, amin: largest and smallest finite magnitude, zeros aside; 0 and infinite if there is none.
       zeros, infs, nans: counts.
@@ -47,7 +49,7 @@ class Leaf:
       whole_numbers: the smallest and largest of values that are all whole, if they are.
       is_record: whether it is of bytes without a type.
       change: what became of it since the other checkpoint, if there is one.
-      reading: exponents and sums, None if it is not floating.
+      reading: exponents and sums, None if it is not floating or wider than float64.
     """
 
     path: str
@@ -183,7 +185,7 @@ def doctor(
 
     Args:
       tree: pytree of arrays, as parameters, a train state, an optimizer's state, or an `nnx.Module`. They are looked at
-        in whole and on the host; leaves that are no arrays of numbers are listed and not counted.
+        in whole and on the host; leaves that are no arrays of numbers, or of wider ones than float64, are only listed.
       formats: candidate formats with a range of their own; one of scaled blocks has none.
       against: an earlier state of the same paths, to tell which arrays changed dtype on the way, and what that lost.
       tell: called with the path of each array when it is done, and 1.
@@ -195,7 +197,8 @@ def doctor(
     them and a distribution like that of weights; it is a suspicion, and its absence is no proof.
     """
     fmts = [_candidate(fmt) for fmt in formats]
-    arrays, others = named_arrays(tree), None if against is None else named_arrays(against)
+    arrays, *earlier = arrays_by_path(tree) if against is None else arrays_by_path(tree, against)
+    others = earlier[0] if earlier else None
     if not arrays:
         raise ValueError(f"doctor looks at arrays, and there are none in this {type(tree).__name__}.")
     leaves = []
@@ -210,13 +213,25 @@ def doctor(
     return Diagnosis(tuple(leaves), tuple(found), tuple(fmt.name for fmt in fmts))
 
 
-def named_arrays(tree: Any) -> dict[str, Any]:
-    """Returns the arrays of a tree by path, on the host; PRNG keys as their words."""
-    if isinstance(tree, nnx.Module):
-        tree = nnx.to_pure_dict(nnx.state(tree))
-    leaves = jax.tree.leaves_with_path(tree)
-    names = [jax.tree_util.keystr(tuple(path), simple=True, separator="/") or "array" for path, _ in leaves]
-    return {name: _on_host(leaf) for name, (_, leaf) in zip(names, leaves, strict=True)}
+def arrays_by_path(*trees: Any) -> list[dict[str, np.ndarray]]:
+    """Returns the arrays of each tree by path, on the host; PRNG keys as their words.
+
+    Paths that would print alike in one of the trees, as of {"a/b": x, "a": {"b": y}}, are written out in all of them:
+    "['a/b']" and "['a']['b']".
+    """
+    plain = (nnx.to_pure_dict(nnx.state(tree)) if isinstance(tree, nnx.Module) else tree for tree in trees)
+    found = [jax.tree.leaves_with_path(tree) for tree in plain]
+    alike = {name for each in found for name, n in Counter(_printed(path) for path, _ in each).items() if n > 1}
+
+    def name(path: Any) -> str:
+        short = _printed(path)
+        return jax.tree_util.keystr(tuple(path)) if short in alike else short
+
+    return [{name(path): _on_host(leaf) for path, leaf in each} for each in found]
+
+
+def _printed(path: Any) -> str:
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/") or "array"
 
 
 def _on_host(leaf: Any) -> np.ndarray:
@@ -251,7 +266,7 @@ def _leaf(path: str, x: np.ndarray, fmts: Sequence[Format], other: np.ndarray | 
         known["change"] = change(other, x)
     if record or x.dtype in (np.uint16, np.int16):
         known |= {"is_record": record, "misread_as": telltales.misread_as(x) or ""}
-    if not is_floating(x.dtype):
+    if not is_floating(x.dtype) or x.dtype.itemsize > _WIDEST_BYTES:
         return Leaf(**known)
     asked = [*fmts, *(fmt for fmt in telltales.FORMATS_OF_TELLTALES if fmt not in fmts)]
     reading, fits = census(x, asked)

@@ -22,8 +22,8 @@ class Finding:
 
     Attributes:
       kind: "nonfinite", "misread", "record", "overflow", "flushed", "subnormal", "own_subnormal", "narrower",
-        "constant", "whole_numbers"; of two checkpoints "missing", "added", "shape", "reinterpreted", "cast", "through",
-        "values", "same".
+        "constant", "whole_numbers", "uncounted"; of two checkpoints "missing", "added", "shape", "reinterpreted",
+        "cast", "through", "values", "same".
       paths: the tensors, the worst first.
       text: a sentence.
     """
@@ -43,7 +43,8 @@ def of_leaves(leaves: Sequence[Leaf], fmts: Sequence[Any]) -> list[Finding]:
             "subnormal": "below its normal ones",
         }
         found += [_unfit(leaves, fmt.name, kind, f"{_BECOMES[kind]} ({limit})") for kind, limit in limits.items()]
-    return [one for one in (*found, *_narrower(leaves), _constant(leaves), *map(_whole, leaves)) if one]
+    others = *_narrower(leaves), _constant(leaves), *map(_whole, leaves)
+    return [one for one in (*found, *others, _uncounted(leaves)) if one]
 
 
 def _nonfinite(leaves: Sequence[Leaf]) -> Finding | None:
@@ -139,6 +140,12 @@ def _whole(leaf: Leaf) -> Finding | None:
     low, high = leaf.whole_numbers
     text = f"{leaf.path} is {leaf.dtype}, but holds whole numbers only, from {low} to {high}: an index or a counter?"
     return Finding("whole_numbers", (leaf.path,), text)
+
+
+def _uncounted(leaves: Sequence[Leaf]) -> Finding | None:
+    wide = [leaf for leaf in leaves if leaf.reading is None and leaf.dtype.startswith("float")]
+    text = f"not counted, being wider than float64: {_named(wide, lambda leaf: leaf.dtype)}."
+    return _finding("uncounted", wide, text) if wide else None
 
 
 def of_changes(leaves: Sequence[Leaf], missing: Sequence[str], added: Sequence[str]) -> list[Finding]:

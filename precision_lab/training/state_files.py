@@ -33,7 +33,7 @@ def read_state(path: Path) -> Any:
       path: a .npy file, whose array is called "array"; .npz; .safetensors; or a folder, see `read_arrays`.
 
     Raises:
-      ValueError: another kind of file, or one that is damaged.
+      ValueError: another kind of file, one that is damaged, or one for more memory than there is.
       OSError: there is no such file.
     """
     path = Path(path)
@@ -56,6 +56,9 @@ def _numpy(path: Path) -> dict[str, np.ndarray]:
         found = np.load(path, allow_pickle=False)
         arrays = {"array": found} if isinstance(found, np.ndarray) else {name: found[name] for name in found.files}
         others = [name for name, x in arrays.items() if not isinstance(x, np.ndarray)]  # which NumPy gives as bytes
+    except (MemoryError, OverflowError) as error:
+        why = "its header is damaged, or it needs more memory than there is"
+        raise ValueError(f"{path} cannot be read: {why} ({error}).") from None
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error):
         raise ValueError(
             f"{path} cannot be read: it is damaged, or holds Python objects, which are not opened."

@@ -65,11 +65,18 @@ def test_against_another_file_the_casts_are_told_first(cli, weights):
     assert "1 overflowed" in first
 
 
-def test_a_run_is_looked_at_by_its_name_or_any_of_its_folders(cli, tmp_path):
+def test_a_run_is_looked_at_by_its_name_its_arm_or_any_of_its_folders(cli, tmp_path):
     name, params = saved_run(tmp_path, policy="float16_mixed")
     folder = f"runs/trials/{name}"
 
-    words = (name, name.split("-")[-1], folder, f"{folder}/checkpoints", f"{folder}/checkpoints/10")
+    words = (
+        name,
+        "toy.yaml::float16::0",
+        name.split("-")[-1],
+        folder,
+        f"{folder}/checkpoints",
+        f"{folder}/checkpoints/10",
+    )
     found = [json.loads(cli("doctor", word, "--json")[1])["arrays"] for word in words]
 
     assert all(one == found[0] for one in found)

@@ -69,7 +69,7 @@ def test_true_bits_count_ragged_blocks_and_the_scale_of_the_array():
         ("mxfp4:sideways", r"cannot use 'sideways'; options are one rule .* floor, ceil, even, rceil"),
         ("mxfp4:full", "cannot use 'full'"),
         ("mxfp4:floor,ceil", "cannot use"),
-        ("nvfp4:floor", "cannot use 'floor'; options are none"),
+        ("nvfp4:floor", r"cannot use 'floor'; options are none\."),
         ("nvfp4@32", "nvfp4 has blocks of 16 and no others"),
         ("mxfp4@0", "block must be one or two positive lengths"),
     ],

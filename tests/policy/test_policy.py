@@ -121,6 +121,16 @@ def test_spaces_case_and_a_trailing_comma_do_not_matter(spec):
         ("c=bf16;head", "rule 'head' is not of the form"),
         ("c=bf16;**/head/**:output=float32", "unknown key 'output'"),
         ("c=bf16;**:compute=int4", "compute=int4 in rule '\\*\\*' is not a floating format"),
+        (
+            "weight=int8,lsq,backward=original",
+            "backward=original goes straight through .* 'lsq' .*; leave one of them out",
+        ),
+        ("w8a8,gradient=int8,outliers=6", "can only be quantized, but there is gradient=int8; leave one of them out"),
+        (
+            "weight=int8,backward=original;**/head/**:gradient=int8",
+            "gradient=int8 in rule '\\*\\*/head/\\*\\*' .* can only be requantized, but there is backward=original; "
+            "say backward= in rule '\\*\\*/head/\\*\\*' too \\(none switches it off\\)",
+        ),
         ("", "unknown format ''"),
     ],
 )

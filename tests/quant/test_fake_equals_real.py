@@ -96,3 +96,17 @@ def test_shapes_of_no_and_one_element_are_stored_too(spec, shape):
 
     assert stored.codes.shape == shape
     assert_same_bits(fake_quantize(x, spec, axis=0), stored.dequantize())
+
+
+@pytest.mark.parametrize("spec", ["nvfp4", "nvfp4_2d", "nvfp4,stochastic", "nf4@group16,double", "int8@tensor,mse"])
+def test_a_batch_of_arrays_is_quantized_array_by_array(spec):
+    """What is found once in a whole array, as NVFP4's second scale, is found in every example by itself."""
+    x = jnp.stack([data(jnp.float32, seed=seed) * 10.0**seed for seed in range(3)])
+    keys = jax.random.split(jax.random.key(1), 3)
+
+    def both(x, key):
+        key = key if quantizer(spec).rounding == "stochastic" else None
+        return fake_quantize(x, spec, axis=0, key=key), quantize(x, spec, axis=0, key=key).dequantize()
+
+    for found, expected in zip(jax.jit(jax.vmap(both))(x, keys), zip(*map(both, x, keys), strict=True), strict=True):
+        assert_same_bits(found, jnp.stack(expected))

@@ -201,6 +201,48 @@ def test_explain_lists_every_operation_once_and_names_those_that_are_not_in_the_
     assert pl.explain(lambda _, x: fn(x), (), x, policy=AUTOCAST).to_dicts() == table.to_dicts()
 
 
+@jax.custom_vjp
+def cubed(x):
+    return x**3
+
+
+cubed.defvjp(lambda x: (cubed(x), x), lambda x, g: (3 * x**2 * g,))
+
+
+@jax.custom_batching.custom_vmap
+def exp(x):
+    return jnp.sinh(x) + jnp.cosh(x)
+
+
+@exp.def_vmap
+def _(size, has_batch, x):
+    return exp(x), has_batch[0]
+
+
+def test_a_function_with_rules_of_its_own_goes_by_its_name_where_it_has_one():
+    """All were called custom_jvp_call, so that a rule for relu had to count them."""
+    unnamed = jax.custom_jvp(lambda x: x)
+    unnamed.defjvp(lambda x, t: (x[0], t[0]))
+    fns = (jax.nn.relu, unnamed, jax.nn.relu6, jax.nn.relu, cubed, jnp.exp, exp)
+
+    def fn(_, x):
+        with jax.named_scope("mlp"):
+            return functools.reduce(lambda x, fn: fn(x), fns, x)
+
+    def rounded(spec):
+        table = sites_of_function(fn, Policy.parse(spec), (), [jnp.ones(3)], {}, everything=True)
+        return [site.full_name for site in table if site.treatment and site.treatment.round]
+
+    by_name = [
+        f"mlp:{name}" for name in ("relu#0", "custom_jvp_call#1", "relu6#0", "relu#1", "cubed#0", "exp#0", "exp#1")
+    ]
+    assert rounded("round=bfloat16") == by_name
+    assert rounded("float32;**:relu#*:round=bfloat16") == ["mlp:relu#0", "mlp:relu#1"]
+    # By its primitive a function is counted among all of that primitive.
+    assert rounded("float32;mlp:custom_jvp_call#3:round=bfloat16") == ["mlp:relu#1"]
+    assert len(rounded("float32;**:custom_*#*:round=bfloat16")) == 6
+
+
 def test_without_autocast_explain_says_that_operations_run_as_written():
     table = sites_of_function(lambda w, x: jnp.exp(x @ w), Policy(), jnp.eye(2), [jnp.eye(2)], {}, everything=True)
 

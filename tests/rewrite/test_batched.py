@@ -22,6 +22,7 @@ SPECS = [
     "int8_training,compute=float32",
     "float8_hybrid",
     "mxfp8,compute=float32",
+    "weight=nvfp4_2d,activation=nvfp4,gradient=nvfp4",
     "switchback,wgrad=float32",
     "weight=int4@channel,activation=int8@token,backward=requantized",
     "gradient=int8@tensor,accum=float32@step4",
@@ -70,7 +71,7 @@ def convolution(w, x, t):
     return jnp.sum(lax.conv_general_dilated(x, w, (1, 1), "SAME") * t)
 
 
-@pytest.mark.parametrize("spec", [SPECS[0], "float8_hybrid,compute=float32"])
+@pytest.mark.parametrize("spec", [SPECS[0], "float8_hybrid,compute=float32", "weight=nvfp4,activation=nvfp4"])
 @pytest.mark.parametrize("axes", [(None, 0, 0), (0, 0, 0), (0, None, 0)])
 def test_the_gradient_of_a_batch_of_convolutions_is_that_of_its_examples(axes, spec):
     w = normal((4, 3, 3, 3) if axes[0] is None else (3, 4, 3, 3, 3), 0)

@@ -131,7 +131,7 @@ def test_the_setting_reads_back_and_goes_with_the_quantizers():
     ("policy", "words"),
     [
         ("weight=int8@channel,outliers=6", "which are not both given"),
-        (f"{DECOMPOSED};head:weight=none", "in rule 'head' excepts features"),
+        (f"{DECOMPOSED};head:weight=none", "weight=none in rule 'head'; say outliers= in rule 'head' too"),
         (f"{DECOMPOSED},execution=native", "is simulated, but execution=native"),
         (f"{DECOMPOSED},backward=original", "backward can only be quantized"),
         (f"{VECTORWISE},outliers=0", "must be a positive number"),

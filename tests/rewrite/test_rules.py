@@ -2,6 +2,7 @@
 
 import re
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -40,6 +41,7 @@ def run(spec):
         ("weight=int8@tensor;:dot_general*:wgrad=bfloat16", "sets wgrad=bfloat16, which acts on none"),
         ("weight=int8@tensor;:dot_general*:backward=original", "sets backward=original, which acts on none"),
         ("w8a8;:dot_general*:outliers=6", "sets outliers=6, which acts on none"),
+        ("float32;w:outliers=6", "sets outliers=6, which acts on none"),
     ],
 )
 def test_a_setting_that_acts_on_none_of_the_sites_of_its_rule_is_refused(spec, message):
@@ -61,6 +63,64 @@ def test_a_setting_that_acts_on_none_of_the_sites_of_its_rule_is_refused(spec, m
 )
 def test_a_setting_that_acts_on_some_of_the_sites_of_its_rule_is_taken(spec):
     assert run(spec).shape == (4, 4)
+
+
+GRADIENT = jax.grad(lambda params, x, fn: jnp.sum(fn(params, x) ** 2))
+
+
+W8A8 = "weight=int8@channel,activation=int8@token"
+
+
+@pytest.mark.parametrize("said", ["backward=original", "backward=requantized", "outliers=1"])
+@pytest.mark.parametrize("spec", [f"{W8A8},", f"float32;?:{W8A8},"])
+def test_a_rule_may_leave_a_product_unquantized_whatever_is_said_of_how_to_quantize(spec, said):
+    """It was refused as "backward=original in rule 'v' needs weight=", though that rule says nothing of backward."""
+    off, key = "v:weight=none,activation=none", said.split("=")[0]
+    specs = [f"{spec}{said};{off}", f"{spec}{said};{off},{key}=none"]
+
+    found, expected = (GRADIENT(PARAMS, X, apply_to_function(model, Policy.parse(each))) for each in specs)
+
+    for key in PARAMS:
+        np.testing.assert_array_equal(found[key], expected[key])
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (
+            f"**:{W8A8},backward=original;v:gradient=int8@tensor",
+            "'v': gradient=int8 in rule 'v' quantizes all three products anew: backward can only be requantized, but "
+            "there is backward=original in rule '**'; say backward= in rule 'v' too (none switches it off).",
+        ),
+        (
+            "**:weight=int8@channel,clipped;v:backward=original",
+            "'v': weight=int8@channel,clipped in rule '**': backward=original in rule 'v' goes straight through a "
+            "quantizer, so that its estimator 'clipped' would have no effect; say weight= in rule 'v' too",
+        ),
+        (
+            f"**:{W8A8},outliers=6;v:activation=none",
+            "'v': outliers=6 in rule '**' excepts features from weight= and activation=, which are not both given, but "
+            "activation=none in rule 'v'; say outliers= in rule 'v' too (none switches it off).",
+        ),
+    ],
+)
+def test_rules_that_contradict_each_other_at_a_site_are_refused_by_name(rules, message):
+    """Each rule was held against the policy alone: a quantizer of gradients was passed over in silence."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run(f"float32;{rules}")
+
+
+def test_a_later_rule_may_say_how_what_an_earlier_one_quantizes_is_multiplied_backward():
+    """It was refused, as needing a quantizer in the same rule."""
+    two = Policy.parse("float32;**:weight=int8@channel;**:backward=original")
+    one = Policy.parse("float32;**:weight=int8@channel,backward=original")
+
+    found, expected = (GRADIENT(PARAMS, X, apply_to_function(model, policy)) for policy in (two, one))
+
+    for key in PARAMS:
+        np.testing.assert_array_equal(found[key], expected[key])
+    with pytest.raises(ValueError, match="sets backward=original, which acts on none"):
+        run("float32;**:backward=original")
 
 
 @pytest.mark.parametrize("name", PRESETS)

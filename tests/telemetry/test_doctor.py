@@ -1,5 +1,7 @@
 """doctor: counts against NumPy's and ml_dtypes' own casts, and states that were spoilt on purpose."""
 
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -283,6 +285,57 @@ def test_integers_of_ml_dtypes_are_numbers_like_others():
 
     assert (found.at("same").change.kind, found.at("same").change.changed) == ("cast", 0)
     assert (found.at("moved").change.kind, found.at("moved").change.changed) == ("values", 3)
+
+
+@pytest.mark.parametrize("real", [np.float32, np.float64, np.longdouble])
+@pytest.mark.parametrize("whole", [np.int64, np.uint64])
+def test_integers_beyond_2_to_53_are_compared_exactly_with_floats(whole, real):
+    """Both were rounded to float64 first, where 2**53 + 1 is 2**53 and the largest integer is a power of two."""
+    edges = [0, 1, 2**24 + 1, 2**53, 2**53 + 1, 2**62, 2**62 + 1, np.iinfo(whole).min, np.iinfo(whole).max]
+    integers = np.array(edges, whole)
+    floats = integers.astype(real)
+    floats[1] += real(0.5)
+
+    there, back = changes({"n": integers}, {"n": floats})["n"], changes({"n": floats}, {"n": integers})["n"]
+
+    expected = sum(Fraction(*f.as_integer_ratio()) != n for f, n in zip(floats, edges, strict=True))
+    assert there.changed == back.changed == expected
+    infinite = real([np.nan, np.inf, -np.inf, 3e19, -3e19, -0.0])
+    assert changes({"n": infinite}, {"n": np.zeros(6, whole)})["n"].changed == 5
+
+
+def test_how_far_an_integer_moved_is_not_lost_in_rounding():
+    found = changes({"n": np.int64([2**60, 5])}, {"n": np.int64([2**60 + 1, 5])})["n"]
+
+    assert (found.kind, found.changed, found.max_rel) == ("values", 1, 2.0**-60)
+
+
+@pytest.mark.skipif(np.finfo(np.longdouble).nmant <= 52, reason="long double is float64 here")
+def test_what_is_wider_than_float64_is_listed_and_told_and_its_casts_are_found():
+    """It ended the run, since no format is stored so. 1 + 2**-24 + 2**-60 by way of float64 would round to 1."""
+    x = np.append(normal(99, dtype=np.longdouble), np.longdouble(1) + np.ldexp(np.longdouble(1), [-24, -60]).sum())
+
+    found = pl.doctor({"x": x, "w": normal(9)}, ["float16"])
+    told = {d: changes({"x": x}, {"x": x.astype(d)})["x"] for d in (np.float32, np.float16, BFLOAT16, np.float64)}
+
+    assert (found.at("x").reading, found.at("x").nbytes) == (None, x.nbytes)
+    assert f"not counted, being wider than float64: x ({x.dtype})." in str(found)
+    assert {(change.kind, change.changed > 0) for change in told.values()} == {("cast", True)}
+    assert changes({"x": x}, {"x": x})["x"].kind == "same"
+    assert changes({"x": np.float32(x)}, {"x": np.float32(x).astype(x.dtype)})["x"].changed == 0
+    assert changes({"x": np.float32(x)}, {"x": x})["x"].kind == "values"
+
+
+def test_paths_that_print_alike_are_told_apart():
+    """The last of them was kept, and the others never looked at."""
+    before = {"a/b": normal(3), "a": {"b": normal(4)}, "c": normal(5)}
+    after = {"a": {"b": normal(4)}, "c": normal(5)}
+
+    found, against = pl.doctor(before), pl.doctor(after, [], against=before)
+
+    assert {leaf.path: leaf.shape for leaf in found} == {"['a/b']": (3,), "['a']['b']": (4,), "c": (5,)}
+    assert {leaf.path: leaf.change.kind for leaf in against} == {"['a']['b']": "same", "c": "same"}
+    assert [(one.kind, one.paths) for one in against.findings] == [("missing", ("['a/b']",))]
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int16])

@@ -104,9 +104,19 @@ def archive(**members):
     return content.getvalue()
 
 
+def header(*shape):
+    """Returns the beginning of a .npy file of float64 of a shape, and 8 bytes of what it should hold."""
+    content = io.BytesIO()
+    np.lib.format.write_array_header_1_0(content, {"descr": "<f8", "fortran_order": False, "shape": shape})
+    return content.getvalue() + bytes(8)
+
+
 BAD = {
     "a.npz": (b"PK\x03\x04 torn", "cannot be read: it is damaged"),
     "b.npy": (b"", "cannot be read: it is damaged"),
+    "wide.npy": (header(10**15), "its header is damaged, or it needs more memory than there is"),
+    "wide.npz": (archive(**{"w.npy": header(10**15)}), "its header is damaged, or it needs more memory"),
+    "wider.npy": (header(10**30), "its header is damaged, or it needs more memory than there is"),
     "c.safetensors": (b"\xff" * 8, "its header is longer than the file"),
     "d.safetensors": (safetensors({"w": entry("F32", [3], 0, 8)}, bytes(8)), "'w' has 8 bytes for F32 [3]"),
     "e.safetensors": (safetensors({"w": entry("F32", [2], 4, 12)}, bytes(8)), "'w' has 8 bytes for F32 [2]"),
