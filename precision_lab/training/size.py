@@ -12,8 +12,10 @@ from precision_lab import data, models
 from precision_lab.models import DataSpec, ModelConfig
 from precision_lab.nn.storage import bytes_under
 from precision_lab.policy import Policy
+from precision_lab.policy.deriving import without_states
 from precision_lab.training import AnyRun, ProbeRun, checkpointing
 from precision_lab.training.program import program_for
+from precision_lab.training.qat import learns_offsets
 from precision_lab.training.rows import evaluates_at
 
 _ROW_BYTES = 200
@@ -60,9 +62,10 @@ def bits_per_parameter(config: AnyRun) -> float | None:
     """Returns the true bits per parameter of a run's model, stored as `convert` stores it under the run's policy.
 
     Scales, zero points and padding count; what nothing but quantized products and lookups use is stored quantized, and
-    the rest as the policy stores parameters. None for a probe, which has no model.
+    the rest as the policy stores parameters. Learned scales count as others do. None for a probe, which has
+    no model, and where parameters have offsets that are learned ("lsq+").
     """
-    if isinstance(config, ProbeRun):
+    if isinstance(config, ProbeRun) or learns_offsets(config.policy):
         return None
     spec = config.data.spec() or data.load(config.data).spec
     return _bits(config.model, spec, config.policy)  # pyright: ignore[reportArgumentType] (frozen: hashable)
@@ -77,7 +80,9 @@ def _bits(model: ModelConfig, spec: DataSpec, policy: str) -> float:
         built = models.build(model, spec, 0)
         built.eval()
         dtype = jnp.float32 if spec.task == "classification" else jnp.int32
-        taken = bytes_under(built, Policy.parse(policy), None, (jnp.zeros((2, *spec.input_shape), dtype),), {})
+        taken = bytes_under(
+            built, without_states(Policy.parse(policy)), None, (jnp.zeros((2, *spec.input_shape), dtype),), {}
+        )
         count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(nnx.state(built, nnx.Param)))
         found.append(8 * sum(taken.values()) / count)
         return 0
