@@ -1,5 +1,6 @@
 """How large a run is, and how many fit, told from shapes: nothing is compiled and nothing is allocated."""
 
+import collections
 import functools
 import os
 
@@ -10,6 +11,7 @@ from flax import nnx
 
 from precision_lab import data, models
 from precision_lab.models import DataSpec, ModelConfig
+from precision_lab.nn import sites
 from precision_lab.nn.storage import bytes_under
 from precision_lab.policy import Policy
 from precision_lab.policy.deriving import without_states
@@ -71,6 +73,20 @@ def bits_per_parameter(config: AnyRun) -> float | None:
     return _bits(config.model, spec, config.policy)  # pyright: ignore[reportArgumentType] (frozen: hashable)
 
 
+def _as_stored(policy: Policy, model: nnx.Module, example: jax.Array) -> Policy:
+    """Returns a policy that stores as many bytes as one whose quantizers have learned.
+
+    A parameter that learns a scale at each of several sites is stored as it is, having no one scale.
+    """
+    table = [site for site in sites(model, example, policy=policy) if site.has_parameter and site.treatment]
+    used = collections.Counter(site.path for site in table)
+    for site in table:
+        by = [getattr(site.treatment, key) for key in site.quantized_by if key in ("weight", "embedding")]
+        if used[site.path] > 1 and any(quantizer is not None and quantizer.has_state for quantizer in by):
+            policy = policy.with_rule(site.path, weight=None, embedding=None)
+    return without_states(policy)
+
+
 @functools.lru_cache(maxsize=1024)
 def _bits(model: ModelConfig, spec: DataSpec, policy: str) -> float:
     """Returns the bits of a model's parameters under a policy, over their number."""
@@ -80,9 +96,8 @@ def _bits(model: ModelConfig, spec: DataSpec, policy: str) -> float:
         built = models.build(model, spec, 0)
         built.eval()
         dtype = jnp.float32 if spec.task == "classification" else jnp.int32
-        taken = bytes_under(
-            built, without_states(Policy.parse(policy)), None, (jnp.zeros((2, *spec.input_shape), dtype),), {}
-        )
+        example = jnp.zeros((2, *spec.input_shape), dtype)
+        taken = bytes_under(built, _as_stored(Policy.parse(policy), built, example), None, (example,), {})
         count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(nnx.state(built, nnx.Param)))
         found.append(8 * sum(taken.values()) / count)
         return 0

@@ -162,6 +162,22 @@ def test_bits_count_learned_scales_as_others(estimator):
     assert bits_per_parameter(config(policy="weight=int4@channel,lsq+")) is None
 
 
+def test_bits_of_a_tied_embedding_are_those_that_the_converted_model_takes():
+    """It has learned a step as a table and another as the output layer, so that it has no one scale to be stored by."""
+    policy = "weight=int4@channel,lsq,embedding=int4@channel,lsq"
+    small = {"kind": "transformer", "depth": 1, "width": 16, "heads": 2, "tie_embeddings": True}
+    one = config(model=small, data={"kind": "tinyshakespeare", "seq_len": 8, "batch": 4}, policy=policy)
+    model, tokens = models.build(one.model, one.data.spec(), 0), np.arange(32).reshape(4, 8)
+    trained = pl.prepare_qat(model, policy, tokens)
+    trained(tokens)
+
+    with pytest.warns(UserWarning, match="a scale of its own at each of its sites"):
+        stored = pl.nn.storage(pl.convert(trained, None, tokens))
+
+    assert {row.path: row.format for row in stored}["tokens/embedding"] == "float32"
+    assert bits_per_parameter(one) == float(8 * stored.nbytes / stored.elements)
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
