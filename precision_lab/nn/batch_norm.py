@@ -80,11 +80,33 @@ def batch_norm_pairs(model: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
     return {name: pair.norm for name, pair in _exact_pairs(model, args, kwargs).items()}
 
 
+def shifts_of_folded(model: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
+    """Returns the path of the parameter that is the bias of each folded layer that has none itself, by its path.
+
+    That is the bias of a batch norm which does nothing else to what the layer returns. Arguments and errors are those
+    of `batch_norm_pairs`.
+    """
+    found = {}
+
+    def look(layer: dict[str, Any], norm: dict[str, Any], epsilon: float) -> tuple[dict[str, Any], dict[str, Any]]:
+        idle = "bias" in norm and np.all(norm["mean"] == 0) and np.all(norm.get("scale", 1) == np.float32(1))
+        alone = "bias" not in layer and idle and np.all(norm["var"] == _unit_variance(epsilon))
+        found[len(found)] = bool(alone)
+        return layer, norm
+
+    pairs = pairs_of(model, args, kwargs)
+    _with(model, args, pairs, look)
+    return {
+        name: f"{pair.norm}/bias" for (name, pair), alone in zip(pairs.items(), found.values(), strict=True) if alone
+    }
+
+
 def fold_batch_norms(model: Any, *args: Any, pairs: Mapping[str, str] | None = None, **kwargs: Any) -> Any:
     """Returns the model for evaluation with the factors of its batch norms in the kernels before them.
 
-    Structure and paths are those of `model`. The shift is the layer's bias if it has one, and else minus the mean of
-    the batch norm, whose other numbers become those of an identity. Training would give it statistics again.
+    Structure and paths are those of `model`. The shift is the layer's bias if it has one, else that of the batch norm,
+    and where that has none either, minus its mean; its other numbers become those of an identity. Training would give
+    it statistics again.
 
     Args:
       model: an `nnx.Module`, of which a copy is folded; or a `linen.Module`.
@@ -96,7 +118,7 @@ def fold_batch_norms(model: Any, *args: Any, pairs: Mapping[str, str] | None = N
 
     Raises:
       ValueError: no pairs, or one that is asked for and is none.
-      TypeError: `model` is neither of NNX nor of Linen.
+      TypeError: `model` is neither of NNX nor of Linen, or the variables of a Linen one are missing.
     """
     found = _exact_pairs(model, args, kwargs)
     names = {name: pair.norm for name, pair in found.items()}
@@ -125,7 +147,7 @@ def _folded(layer: dict[str, Any], norm: dict[str, Any], epsilon: float) -> tupl
         idle["scale"] = jnp.ones_like(norm["scale"])
     if "bias" in layer:
         return {"kernel": kernel, "bias": shift.astype(layer["bias"].dtype)}, idle
-    return {"kernel": kernel}, {**idle, "mean": -shift}
+    return {"kernel": kernel}, {**idle, **({"mean": -shift} if "bias" not in norm else {"bias": shift})}
 
 
 def _unit_variance(epsilon: float) -> np.float32:

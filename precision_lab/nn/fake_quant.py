@@ -20,6 +20,7 @@ from precision_lab.quant import (
     quantize_with_state,
     quantizer,
 )
+from precision_lab.quant.state import check_schedule
 
 Axis = int | tuple[int, ...] | None
 
@@ -55,12 +56,13 @@ class FakeQuant(nnx.Module):
       running: whether ranges are kept; by default only for calibration "ema".
       start: the calibration that learned numbers start from, as for `init_state`.
       delay: training steps, at first, in which the input comes back as it is.
-      freeze: training steps after which ranges stay and learned numbers have no gradient; None for never.
+      freeze: training steps after which ranges and learned numbers stay as they are; None for never. The variables of
+        what is learned then have no gradient and no say: `frozen_scale` and so on are what counts.
       momentum: how far an "ema" range moves towards each input, in (0, 1].
       use_running_average: True in evaluation.
 
     Raises:
-      ValueError, TypeError: as `init_state` and, when called, `quantize_with_state`.
+      ValueError, TypeError: a schedule that is none; as `init_state` and, when called, `quantize_with_state`.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class FakeQuant(nnx.Module):
     ) -> None:
         self.quantizer = _parsed(quantizer)
         self.axis, self.running, self.start = axis, running, start
+        check_schedule(delay, freeze, momentum)
         self.delay, self.freeze, self.momentum = delay, freeze, momentum
         self.use_running_average = use_running_average
         if example is not None:
@@ -116,7 +119,7 @@ class FakeQuant(nnx.Module):
         """Makes the variables."""
         if _is_stateless(self):
             return
-        state = init_state(self.quantizer, x, axis=self.axis, running=self.running, start=self.start)
+        state = _first_state(self, self.quantizer, x)
         for kind, arrays in ((QuantParam, state.learned), (QuantStat, state.running)):
             for name, array in arrays.items():
                 setattr(self, name, kind(array))
@@ -155,11 +158,12 @@ class LinenFakeQuant(linen.Module):
           key: randomness, for rounding "stochastic".
         """
         qz = _parsed(self.quantizer)
+        check_schedule(self.delay, self.freeze, self.momentum)
         if _is_stateless(self):
             return fake_quantize(x, qz, axis=self.axis, key=key)
 
         def begin() -> QuantizerState:
-            return init_state(qz, x, axis=self.axis, running=self.running, start=self.start)
+            return _first_state(self, qz, x)
 
         names = jax.eval_shape(begin)
         learned = {name: self.param(name, lambda _, name=name: begin().learned[name]) for name in names.learned}
@@ -183,6 +187,12 @@ def _is_stateless(module: Any) -> bool:
     """Returns whether a module has nothing to keep: its quantizer finds its scale in each array, from the start on."""
     given = module.running or module.start is not None or module.delay or module.freeze is not None
     return not (given or needs_state(module.quantizer))
+
+
+def _first_state(module: Any, qz: Quantizer, x: Any) -> QuantizerState:
+    """Returns the state that a module starts with, from its first input."""
+    options = {name: getattr(module, name) for name in ("axis", "running", "start", "freeze")}
+    return init_state(qz, x, **options)
 
 
 def _options(module: Any) -> dict[str, Any]:

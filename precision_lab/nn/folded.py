@@ -13,6 +13,7 @@ from flax import nnx
 from precision_lab.nn.batch_norm import fold_batch_norm
 from precision_lab.nn.fake_quant import FakeQuant, QuantStat
 from precision_lab.quant.arithmetic import divide, multiply
+from precision_lab.quant.state import check_schedule
 
 
 class BatchNormNumbers(NamedTuple):
@@ -123,6 +124,7 @@ class FoldedBatchNorm(nnx.Module):
             raise TypeError(f"expected an nnx.Linear or nnx.Conv and an nnx.BatchNorm, got {kinds}.")
         if norm.axis != -1 or norm.axis_name is not None:
             raise ValueError(f"the batch norm must be over axis -1 of one device, got {norm.axis}, {norm.axis_name}.")
+        check_schedule(0, freeze, 1)
         self.layer, self.norm = layer, norm
         self.freeze, self.use_running_average = freeze, use_running_average
         axis = tuple(range(layer.kernel[...].ndim - 1))

@@ -12,6 +12,7 @@ from flax.core import meta
 from precision_lab.nn.batch_norm import fold_batch_norm
 from precision_lab.nn.fake_quant import LinenFakeQuant
 from precision_lab.nn.folded import BatchNormNumbers, folded_fake_quantize
+from precision_lab.quant.state import check_schedule
 
 
 class LinenFoldedBatchNorm(linen.Module):
@@ -53,6 +54,7 @@ class LinenFoldedBatchNorm(linen.Module):
           train: whether this is a step of training.
         """
         self._check()
+        check_schedule(0, self.freeze, 1)
         if self.is_initializing():
             self.norm(self.layer(x), use_running_average=True)  # which makes their variables
         kernel, bias = self._of_layer()

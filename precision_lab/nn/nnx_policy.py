@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 
 from precision_lab.nn.carried import LORA, LORA_FACTOR, NUMBERS, SCALES, adapters_of, given_scales
@@ -171,12 +172,13 @@ class _Pure(NamedTuple):
 def _pure(plain: type, method: str, model: nnx.Module, args: Any, kwargs: Any) -> _Pure:
     """Takes a call apart; `fn` returns (output, state of the variables that it changed or made, plain attributes)."""
     graphdef, params, rest = nnx.split((model, args, kwargs), nnx.Param, ...)
+    constants, rest = _constants(rest)
     flat = dict(nnx.to_flat_state(params))
     names = {path: "/".join(map(str, path[1:] if path[0] == 0 else path)) for path in flat}  # (0,) is the model
 
     def fn(arrays: dict[str, Any], rest: Any) -> tuple[Any, Any, Any]:
         given = [(path, variable.replace(arrays[names[path]])) for path, variable in flat.items()]
-        call = nnx.merge(graphdef, nnx.from_flat_state(given), rest)
+        call = nnx.merge(graphdef, nnx.from_flat_state(given), rest, constants)
         call[0].__class__ = plain  # so that methods that call others are one call
         before, attributes = _values(call), _attributes(call[0])
         out = getattr(plain, method)(call[0], *call[1], **call[2])
@@ -192,6 +194,19 @@ def _pure(plain: type, method: str, model: nnx.Module, args: Any, kwargs: Any) -
         return out, nnx.from_flat_state(changed), moved
 
     return _Pure(fn, {names[path]: variable.get_raw_value() for path, variable in flat.items()}, rest)
+
+
+def _constants(rest: nnx.State) -> tuple[nnx.State, nnx.State]:
+    """Returns the arrays that a model has as plain attributes, such as masks, and everything else.
+
+    A call captures them, where arguments may be data: a weight times a mask is a weight.
+    """
+    flat = [
+        (path, leaf, path[0] == 0 and isinstance(leaf, jax.Array | np.ndarray))
+        for path, leaf in nnx.to_flat_state(rest)
+    ]
+    apart = [[(path, leaf) for path, leaf, is_constant in flat if is_constant == which] for which in (True, False)]
+    return nnx.from_flat_state(apart[0]), nnx.from_flat_state(apart[1])
 
 
 def _is_node(value: Any) -> bool:

@@ -23,6 +23,7 @@ import numpy as np
 from precision_lab.nn.qat_marks import read_starts, read_steps, wants_state
 from precision_lab.policy import Policy
 from precision_lab.quant import Quantizer, QuantizerState, known_scales, needs_state
+from precision_lab.quant.state import check_schedule
 from precision_lab.rewrite import Held, SiteTable, call, sites_of_function, trace_program
 from precision_lab.rewrite.marks import OPERANDS
 
@@ -42,11 +43,12 @@ class QAT:
       policy: a Policy or what parses to one, with a quantizer of estimator "lsq", "lsq+" or "pact" or calibration
         "ema", as in "weight=int4@channel,lsq,activation=uint8,ema".
       delay: training steps, at first, in which nothing is quantized; ranges are collected already.
-      freeze: training steps after which ranges stay and what is learned has no gradient; None for never.
+      freeze: training steps after which ranges and what is learned stay as they are, whatever an optimizer makes of
+        `state["learned"]` from then on: its momentum and weight decay go on. None for never.
       momentum: how far an "ema" range moves towards each array, in (0, 1].
 
     Raises:
-      ValueError: a schedule that is none.
+      ValueError, TypeError: a schedule that is none.
 
     Source: Esser et al., "Learned Step Size Quantization", 2020, arXiv:1902.08153; Bhalgat et al., "LSQ+", 2020,
       arXiv:2004.09576; Choi et al., "PACT", 2018, arXiv:1805.06085; Jacob et al., "Quantization and Training of Neural
@@ -61,10 +63,7 @@ class QAT:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "policy", Policy.parse(self.policy))
-        if self.delay < 0 or (self.freeze is not None and self.freeze < 0):
-            raise ValueError(f"QAT: delay={self.delay} and freeze={self.freeze} count training steps from 0 on.")
-        if not 0 < self.momentum <= 1:
-            raise ValueError(f"QAT: momentum must be in (0, 1], got {self.momentum}.")
+        check_schedule(self.delay, self.freeze, self.momentum)
 
     @property
     def schedule(self) -> tuple[Any, ...]:
@@ -125,7 +124,7 @@ class QAT:
         """Returns the state before the first step; `options` are of `rewrite.call`, for the calls of models."""
         own = {key: options[key] for key in ("root", "types") if key in options}
         table = sites_of_function(fn, self.policy, params, args, kwargs, **own)
-        given = {site: dict.fromkeys(roles, Held()) for site, roles in self.quantizers(table).items()}
+        given = {site: dict.fromkeys(roles, Held(freeze=self.freeze)) for site, roles in self.quantizers(table).items()}
 
         def run(params: Any, args: Any, kwargs: Any) -> Any:
             return call(fn, self.policy, params, args, kwargs, given=given, **options)

@@ -15,7 +15,7 @@ from precision_lab.quant.starts import PACT_ALPHA
 from precision_lab.rewrite import Collector, Site, StateMark, Traced, harvest
 
 _BEFORE_DATA = {"scale": 1.0, "alpha": PACT_ALPHA}
-_COUNTERS = ("steps", "updates")
+_COUNTERS = ("steps", "updates", "frozen")
 
 
 def wants_state(site: Site, roles: Mapping[str, Quantizer], delay: int) -> None:

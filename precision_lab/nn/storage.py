@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import linen, nnx
 
-from precision_lab.nn.conversion import named, stored_for, uses_of, ways_of
+from precision_lab.nn.conversion import How, named, stored_for, uses_of, ways_of
 from precision_lab.nn.learned import learned_of
 from precision_lab.policy import Policy
 from precision_lab.ptq import round_to_nearest
@@ -26,18 +26,30 @@ def bytes_under(target: Any, policy: Policy, params: Any, args: Any, kwargs: Any
     Nothing is quantized for this. A parameter that cannot be stored quantized takes the bytes of the policy's params
     dtype, of a function those of its own.
     """
+    return {path: taken.nbytes for path, taken in taken_under(target, policy, params, args, kwargs).items()}
+
+
+class Taken(NamedTuple):
+    """The bytes of a parameter, and why it is not stored quantized though a policy quantizes it; empty if it is."""
+
+    nbytes: int
+    why_not: str
+
+
+def taken_under(target: Any, policy: Policy, params: Any, args: Any, kwargs: Any) -> dict[str, Taken]:
+    """Returns what each parameter takes, by path; see `bytes_under`."""
     own, uses = uses_of(target, policy, params, args, kwargs)
     ways, leaves = ways_of(own, uses, {}), named(own)
     is_model, learned = isinstance(target, nnx.Module | linen.Module), learned_of(target, params)
     found = {}
     for path, leaf in leaves.items():
-        use = ways[path].use if path in ways else None
-        if use is not None:
+        how = ways.get(path, How(None))
+        if (use := how.use) is not None:
             like = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-            found[path] = nbytes(jax.eval_shape(lambda w, use=use: stored_for(w, use, {}, round_to_nearest), like))
+            stored = jax.eval_shape(lambda w, use=use: stored_for(w, use, {}, round_to_nearest), like)
         else:
-            kept = jax.eval_shape(policy.cast_to_param, leaf) if is_model and path not in learned else leaf
-            found[path] = nbytes(kept)
+            stored = jax.eval_shape(policy.cast_to_param, leaf) if is_model and path not in learned else leaf
+        found[path] = Taken(nbytes(stored), how.why_not)
     return found
 
 

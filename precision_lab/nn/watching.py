@@ -5,7 +5,7 @@ A module's attributes do not say in which order it calls them; one call, without
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -67,6 +67,9 @@ def evaluated(model: Any, args: Any, kwargs: Any) -> Any:
         model = nnx.clone(model)
         model.eval()
         return model(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+    if not args or not isinstance(args[0], Mapping):
+        came = type(args[0]).__name__ if args else "nothing"
+        raise TypeError(f"a Linen module is called with its variables first, a mapping of collections; got {came}.")
     return model.apply(*args, **kwargs)
 
 

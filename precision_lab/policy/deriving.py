@@ -8,7 +8,7 @@ from typing import Any
 
 from precision_lab.policy.policy import Policy
 from precision_lab.policy.treatment import QUANTIZERS
-from precision_lab.quant import Granularity
+from precision_lab.quant import Granularity, Quantizer
 
 OF_TRAINING = ("gradient", "dgrad", "wgrad", "backward")
 OF_ACTIVATIONS = ("activation", "attention")
@@ -22,6 +22,21 @@ def for_inference(policy: Policy) -> Policy:
 def without_quantizers(policy: Policy) -> Policy:
     """Returns the policy with its floating formats alone."""
     return _without(policy, (*OF_TRAINING, *QUANTIZERS, "outliers"))
+
+
+def without_states(policy: Policy) -> Policy:
+    """Returns the policy with quantizers that find in each array what they would have learned or followed.
+
+    They store as many codes and scales as before, but no offsets ("lsq+").
+    """
+
+    def dynamic(_: str, value: Any) -> Any:
+        if not isinstance(value, Quantizer) or not value.has_state:
+            return value
+        calibration = None if value.calibration == "ema" else value.calibration
+        return dataclasses.replace(value, calibration=calibration, estimator="ste", strength=None)
+
+    return _everywhere(policy, dynamic)
 
 
 def with_static_scales(policy: Policy) -> Policy:

@@ -14,6 +14,7 @@ from precision_lab.policy import Policy, Treatment
 from precision_lab.policy.treatment import SETTINGS
 from precision_lab.ptq.scores import Cost, Sensitivity
 from precision_lab.rewrite import Site
+from precision_lab.rewrite.lookup import LOOKUP
 from precision_lab.rewrite.printing import table_text
 from precision_lab.rewrite.rules import acts
 
@@ -32,6 +33,8 @@ class Allocation:
       budget_bytes: what was allowed.
       damage: the objective: one-on errors added up, or the increases of the loss.
       uniform: (bytes, damage) with the same policy for every parameter, by name.
+      kept: why a parameter saves nothing under a policy that quantizes it, by path and name of the policy: it takes
+        what it takes under the reference. A tied embedding under `weight=` alone, say.
     """
 
     policy: Policy
@@ -41,6 +44,7 @@ class Allocation:
     budget_bytes: int
     damage: float
     uniform: dict[str, tuple[int, float]]
+    kept: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
 
     @property
     def bits_per_parameter(self) -> Fraction:
@@ -57,6 +61,9 @@ class Allocation:
             table.add_row(*row)
         for name, (taken, damage) in self.uniform.items():
             table.add_row(f"all under {name}", f"{8 * taken / self.elements:.4g} bits, damage {damage:.4g}")
+        for path, by_policy in self.kept.items():
+            for name, why in by_policy.items():
+                table.add_row(f"{path} under {name}", f"is stored as it is: {why}")
         return table_text(table, width=140)
 
 
@@ -94,10 +101,11 @@ def allocate(table: Sensitivity, budget_bits: float | Fraction, *, objective: st
     elements = sum(cost.elements for cost in table.costs)
     budget = math.floor(Fraction(budget_bits) * elements / 8)
     least = sum(min(cost.nbytes) for cost in table.costs)
+    kept = _kept(table)
     if least > budget:
         raise ValueError(
             f"budget_bits={budget_bits} is {budget} bytes, but these policies store at least {least}: "
-            f"{float(Fraction(8 * least, elements)):.4g} bits per parameter. Add a narrower policy to the table."
+            f"{float(Fraction(8 * least, elements)):.4g} bits per parameter. {_way_out(table, kept)}"
         )
     best = _search([cost.nbytes for cost in table.costs], damages, budget)
     rows = list(zip(table.costs, damages, best, strict=True))
@@ -107,7 +115,32 @@ def allocate(table: Sensitivity, budget_bits: float | Fraction, *, objective: st
     }
     choices = {cost.path: table.names[choice] for cost, _, choice in rows}
     taken, damage = sum(cost.nbytes[i] for cost, _, i in rows), sum(damage[i] for _, damage, i in rows)
-    return Allocation(_policy(table, best), choices, taken, elements, budget, damage, uniform)
+    return Allocation(_policy(table, best), choices, taken, elements, budget, damage, uniform, kept)
+
+
+def _kept(table: Sensitivity) -> dict[str, dict[str, str]]:
+    """Returns why parameters are stored as they are under policies that quantize them, by path and policy."""
+    found: dict[str, dict[str, str]] = {}
+    for cost in table.costs:
+        tied = len({site.rpartition(":")[2].partition("#")[0] == LOOKUP for site in _uses(table, cost)}) > 1
+        hint = "; give its products and its lookups one quantizer: weight= and embedding=" if tied else ""
+        reasons = {name: why + hint for name, why in zip(table.names, cost.why_not, strict=False) if why}
+        found |= {cost.path: reasons} if reasons else {}
+    return found
+
+
+def _uses(table: Sensitivity, cost: Cost) -> set[str]:
+    """Returns the full names of all sites of a parameter, also of those at which no policy differs."""
+    return {site.full_name for site in table.tables[0] if site.has_parameter and site.path == cost.path}
+
+
+def _way_out(table: Sensitivity, kept: dict[str, dict[str, str]]) -> str:
+    """Says what lets an allocation take less."""
+    for cost in table.costs:
+        reasons = kept.get(cost.path, {})
+        if reasons and min(cost.nbytes) == cost.nbytes[0]:
+            return f"'{cost.path}' saves nothing under {next(iter(reasons))}: {next(iter(reasons.values()))}."
+    return "Add a narrower policy to the table."
 
 
 def _damages(table: Sensitivity, cost: Cost, objective: str) -> list[float]:

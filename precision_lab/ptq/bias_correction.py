@@ -17,6 +17,7 @@ import numpy as np
 from jax.scipy.stats import norm
 
 from precision_lab.nn.apply import apply_policy, sites
+from precision_lab.nn.batch_norm import shifts_of_folded
 from precision_lab.nn.calibration import as_call
 from precision_lab.nn.pure import apart, signature
 from precision_lab.ptq.parts import Parts, taken_apart
@@ -58,7 +59,8 @@ class BiasCorrection:
 def correct_biases(model: Any, quantized: Any, batches: Iterable[Any], *, inputs: str = "quantized") -> BiasCorrection:
     """Returns the quantized model with biases that give its products the means that they have in `model`.
 
-    The bias of a kernel is the parameter `bias` beside it. To it is added E[y] - E[y_q], the mean over examples and
+    The bias of a kernel is the parameter `bias` beside it, or that of the batch norm which `nn.fold_batch_norms` has
+    folded into it. To it is added E[y] - E[y_q], the mean over examples and
     positions of the product in float32 and as quantized.
 
     Args:
@@ -163,8 +165,12 @@ def _layers(exact: Parts, rough: Parts, call: Any) -> tuple[dict[str, _Layer], d
     own = () if exact.is_module else (exact.given,)
     table = [site for site in sites(exact.target, *own, *args, **kwargs) if site.is_product and site.has_parameter]
     found, skipped = {}, {}
-    for site in table:
-        layer = _layer(site, [other.path for other in table].count(site.path), rough)
+    above = [site.path.rpartition("/")[0] for site in table]
+    biases = {name: f"{name}/bias" if name else "bias" for name in above}
+    if not exact.is_function and not all(bias in rough.params for bias in biases.values()):
+        biases |= shifts_of_folded(exact.target, *own, *args, **kwargs)
+    for site, name in zip(table, above, strict=True):
+        layer = _layer(site, [other.path for other in table].count(site.path), rough, biases[name])
         if isinstance(layer, str):
             skipped[site.name] = layer
         else:
@@ -172,9 +178,8 @@ def _layers(exact: Parts, rough: Parts, call: Any) -> tuple[dict[str, _Layer], d
     return found, skipped
 
 
-def _layer(site: Site, uses: int, rough: Parts) -> _Layer | str:
-    """Returns the layer of a product, or why it has none to correct."""
-    bias = "/".join([*site.path.split("/")[:-1], "bias"])
+def _layer(site: Site, uses: int, rough: Parts, bias: str) -> _Layer | str:
+    """Returns the layer of a product with the bias at a path, or why it has none to correct."""
     if bias not in rough.params or bias == site.path:
         return f"no parameter '{bias}'"
     if uses > 1:

@@ -30,6 +30,11 @@ class Parts(NamedTuple):
         """Whether it has its parameters itself."""
         return isinstance(self.target, nnx.Module)
 
+    @property
+    def is_function(self) -> bool:
+        """Whether it is no model but a function of its params."""
+        return not isinstance(self.target, nnx.Module | linen.Module)
+
     def run(self, params: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Returns what the model returns with these parameters."""
         if self.is_module:

@@ -66,12 +66,14 @@ class Cost:
       sites: the sites that use it.
       elements: number of its elements.
       nbytes: its bytes, as `convert` stores it, under the reference and then under each policy.
+      why_not: why it is not stored quantized where that policy quantizes it, likewise; empty where it is.
     """
 
     path: str
     sites: tuple[str, ...]
     elements: int
     nbytes: tuple[int, ...]
+    why_not: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

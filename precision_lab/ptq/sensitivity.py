@@ -15,7 +15,7 @@ import numpy as np
 from precision_lab.nn.calibration import arguments, as_call
 from precision_lab.nn.carried import refuse_carried
 from precision_lab.nn.pure import PureCall, apart, pure_call, signature
-from precision_lab.nn.storage import bytes_under
+from precision_lab.nn.storage import taken_under
 from precision_lab.policy import Policy
 from precision_lab.policy.deriving import for_inference
 from precision_lab.ptq.scores import Cost, Score, Sensitivity
@@ -261,7 +261,7 @@ def _ratio(noise: float, signal: float) -> float:
 
 def _costs(target: Any, policies: Sequence[Policy], params: Any, first: Any, found: Choosable) -> tuple[Cost, ...]:
     """Returns what the parameters at the sites take under each policy."""
-    taken = [bytes_under(target, policy, params, *first) for policy in policies]
+    taken = [taken_under(target, policy, params, *first) for policy in policies]
     pure = pure_call(target, *arguments(target, params, *first))
     sizes = dict(zip(leaf_names(pure.params), map(np.size, jax.tree.leaves(pure.params)), strict=True))
     by_path: dict[str, list[str]] = {}
@@ -269,6 +269,6 @@ def _costs(target: Any, policies: Sequence[Policy], params: Any, first: Any, fou
         if site.has_parameter and site.name in found.sites:
             by_path.setdefault(site.path, []).append(site.name)
     return tuple(
-        Cost(path, tuple(sites), sizes[path], tuple(bytes_of[path] for bytes_of in taken))
+        Cost(path, tuple(sites), sizes[path], *zip(*(under[path] for under in taken), strict=True))
         for path, sites in by_path.items()
     )

@@ -50,6 +50,9 @@ STRENGTHS = {"tanh": 0.2, "ewgs": 1e-3}
 # Calibrations whose codes do not begin halfway between levels; see `thresholds`.
 OWN_THRESHOLDS = {"twn": "ternary", "centred": "binary"}
 
+# Estimators that learn numbers, which only a state can hold.
+LEARNED = ("lsq", "lsq+", "pact")
+
 # How scales are stored besides as float32 or another float.
 DOUBLE = "double"
 

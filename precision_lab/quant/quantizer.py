@@ -12,6 +12,7 @@ from precision_lab.quant.options import (
     CALIBRATIONS,
     DOUBLE,
     ESTIMATORS,
+    LEARNED,
     RECIPROCAL,
     SCHEMES,
     STRENGTHS,
@@ -121,6 +122,11 @@ class Quantizer:
     def is_scaled(self) -> bool:
         """Returns whether values are divided by a scale of ours before they are rounded."""
         return self.scheme not in ("unscaled", "clamped")
+
+    @property
+    def has_state(self) -> bool:
+        """Returns whether it asks for what only a state can hold: a learned number, or a running range."""
+        return self.estimator in LEARNED or self.calibration == "ema"
 
     @property
     def has_zero_point(self) -> bool:

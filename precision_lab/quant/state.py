@@ -21,6 +21,7 @@ from precision_lab.quant.fake import fake_quantize
 from precision_lab.quant.histograms import Histogram
 from precision_lab.quant.numbers import QuantizerParams, static_params
 from precision_lab.quant.observers import ObserverState, observer
+from precision_lab.quant.options import LEARNED
 from precision_lab.quant.parsing import quantizer
 from precision_lab.quant.quantizer import Quantizer
 from precision_lab.quant.starts import needs_data, start_of
@@ -28,10 +29,10 @@ from precision_lab.quant.tiles import Tiles
 
 Axis = int | tuple[int, ...] | None
 
-_LEARNED = ("lsq", "lsq+", "pact")
 # No scale that is learned is below this: far under any that quantizes something, and large enough to divide by.
 _LEAST_SCALE = np.float32(2.0**-64)
 _MOST_COUNTS = 2**31 - 1
+_IS_FROZEN, _FROZEN = "frozen", "frozen_"
 
 
 class QuantizerState(NamedTuple):
@@ -42,7 +43,8 @@ class QuantizerState(NamedTuple):
         "lsq+", "alpha" for "pact": the clip itself, as in its paper, whose step is alpha / largest code. Else empty.
       running: "steps", int32, the training steps so far. If ranges are kept: what an `ObserverState` holds by name
         ("low", "high", "updates", "nonfinite", and "counts" and "exponent" of a histogram), and "scale" and, under
-        "affine", "zero_point", float32, as read off it last.
+        "affine", "zero_point", float32, as read off it last. If learned numbers are to be frozen: "frozen", int32, 1
+        once they are, and "frozen_scale" and so on, what they are then.
     """
 
     learned: dict[str, Any]
@@ -54,19 +56,24 @@ def needs_state(qz: Any) -> bool:
 
     True for the estimators "lsq", "lsq+" and "pact" and for calibration "ema".
     """
-    qz = quantizer(qz)
-    return qz.estimator in _LEARNED or qz.calibration == "ema"
+    return quantizer(qz).has_state
 
 
 def may_be_static(qz: Any) -> bool:
     """Returns whether a quantizer can have running ranges, and so a scale that does not depend on the array at hand."""
     qz = quantizer(qz)
     has_scale = qz.is_scaled and qz.estimator != "dorefa" and qz.scale_format != "double"
-    return has_scale and qz.estimator not in _LEARNED
+    return has_scale and qz.estimator not in LEARNED
 
 
 def init_state(
-    qz: Any, x: Any, *, axis: Axis = None, running: bool | None = None, start: str | None = None
+    qz: Any,
+    x: Any,
+    *,
+    axis: Axis = None,
+    running: bool | None = None,
+    start: str | None = None,
+    freeze: int | None = None,
 ) -> QuantizerState:
     """Returns the state of a quantizer before the first step; that of a dynamic one holds nothing but a step counter.
 
@@ -79,14 +86,16 @@ def init_state(
       start: the calibration whose range a learned grid covers at first. By default the quantizer's ("int8,lsq,mse"; 8
         bits need it, as LSQ's own start is four times too wide), and where that is "absmax", the paper's: 2 mean|x| /
         sqrt(largest code) for "lsq"; for "lsq+" mean and three deviations, or the range of `x` for unsigned formats;
-        alpha = 10 for "pact". A group of zeros starts at the scale 1.
+        alpha = 10 for "pact", which only weight decay shrinks while no value reaches it. A group of zeros starts at
+        the scale 1.
+      freeze: that of the calls to come, as for `quantize_with_state`; it makes a place for what is frozen.
 
     Raises:
       ValueError: a quantizer whose options its state cannot honour, or arguments that it has no use for.
       TypeError: a learned quantizer that starts from data, and a shape instead of data.
     """
     qz = quantizer(qz)
-    learned = qz.estimator in _LEARNED
+    learned = qz.estimator in LEARNED
     keeps = running if running is not None else qz.calibration == "ema"
     _check(qz, learned=learned, running=keeps, start=start)
     shape = tuple(x.shape)
@@ -94,7 +103,8 @@ def init_state(
     if learned:
         if isinstance(x, jax.ShapeDtypeStruct) and needs_data(qz, start):
             raise TypeError(f"{qz!r} starts from data; give an array of shape {shape}, not its shape alone.")
-        return state._replace(learned=start_of(x, qz, Tiles.of(shape, qz.granularity, axis), start))
+        found = start_of(x, qz, Tiles.of(shape, qz.granularity, axis), start)
+        return QuantizerState(found, {**state.running, **({} if freeze is None else _frozen(found, False))})
     if keeps:
         state.running.update(_by_name(qz, observer(qz, axis=axis).init(shape), axis))
     return state
@@ -126,7 +136,8 @@ def quantize_with_state(
       axis: as for `fake_quantize`.
       train: whether this is a step of training.
       delay: training steps, at first, in which the value is `x` unchanged; ranges are collected already.
-      freeze: training steps after which ranges stay as they are and learned numbers have no gradient; None for never.
+      freeze: training steps after which ranges and learned numbers stay as they are; None for never. From then on
+        `state.learned` has no gradient and no say, whatever the momentum or weight decay of an optimizer makes of it.
       momentum: how far an "ema" range moves towards each array, in (0, 1].
       key: randomness, for rounding "stochastic".
       params: numbers to use instead of those of `qz`, as for `fake_quantize`; not with running ranges.
@@ -136,15 +147,16 @@ def quantize_with_state(
       TypeError: as `fake_quantize`.
     """
     qz = quantizer(qz)
-    _check_call(qz, state, delay, freeze, params)
+    check_schedule(delay, freeze, momentum)
+    _check_call(qz, state, freeze, params)
     steps = state.running["steps"]
     known = state
     if "updates" in state.running:
         known = state._replace(running=_observed(x, qz, state.running, axis, momentum, train=train, freeze=freeze))
-    if freeze is not None:
-        fixed = jax.lax.stop_gradient(state.learned)
-        learned = {name: jnp.where(steps < freeze, array, fixed[name]) for name, array in state.learned.items()}
-        known = known._replace(learned=learned)
+    if _IS_FROZEN in state.running:
+        assert freeze is not None
+        current = {name: jax.lax.stop_gradient(array) for name, array in _current(state).items()}
+        known = state._replace(running={**state.running, **_frozen(current, steps >= freeze)})
     scales: dict[str, Any] = known_scales(qz, known, params=params)
     value = fake_quantize(x, qz, axis=axis, key=key, params=params, **scales)
     value = jnp.where(steps < delay, x, value) if delay else value
@@ -156,8 +168,8 @@ def quantize_with_state(
 def known_scales(qz: Any, state: QuantizerState, *, params: QuantizerParams | None = None) -> dict[str, jax.Array]:
     """Returns what a state says of "scale", "zero_point" and "offset": keywords for `fake_quantize` and `quantize`.
 
-    Empty for a dynamic quantizer. A learned scale that the optimizer has moved below 2**-64 is 2**-64, with its
-    gradient as it was, so that it finds its way back.
+    Empty for a dynamic quantizer; of frozen numbers, what they were at the freeze. A learned scale that the optimizer
+    has moved below 2**-64 is 2**-64, with its gradient as it was, so that it finds its way back.
 
     Args:
       qz: the quantizer that the state was made for.
@@ -165,13 +177,33 @@ def known_scales(qz: Any, state: QuantizerState, *, params: QuantizerParams | No
       params: numbers that are used instead of those of `qz`.
     """
     qz = quantizer(qz)
-    learned = {name: jnp.asarray(array, jnp.float32) for name, array in state.learned.items()}
+    learned = _current(state)
     if "alpha" in learned:
         largest = (static_params(qz) if params is None else params).high
         learned["scale"] = divide(learned.pop("alpha"), largest)
     if learned:
         return {**learned, "scale": _positive(learned["scale"])}
     return {name: state.running[name] for name in ("scale", "zero_point") if name in state.running}
+
+
+def _current(state: QuantizerState) -> dict[str, jax.Array]:
+    """Returns learned numbers, those of the freeze where they are frozen."""
+    learned = {name: jnp.asarray(array, jnp.float32) for name, array in state.learned.items()}
+    if _IS_FROZEN not in state.running:
+        return learned
+    over = jnp.asarray(state.running[_IS_FROZEN]) > 0
+    return {name: jnp.where(_alike(over, x), state.running[_FROZEN + name], x) for name, x in learned.items()}
+
+
+def _frozen(learned: dict[str, Any], over: Any) -> dict[str, jax.Array]:
+    """Returns the running numbers that say whether a freeze is over, and with which learned numbers."""
+    kept = {_FROZEN + name: array for name, array in learned.items()}
+    return {_IS_FROZEN: jnp.asarray(over, jnp.int32), **kept}
+
+
+def _alike(over: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns a flag, which may have leading axes for layers, of the rank of an array."""
+    return jnp.reshape(over, over.shape + (1,) * (x.ndim - over.ndim))
 
 
 def _positive(scale: jax.Array) -> jax.Array:
@@ -237,8 +269,31 @@ def _check(qz: Quantizer, *, learned: bool, running: bool, start: str | None) ->
         raise ValueError(f"{qz!r} has no range to keep; say 'symmetric' or another scheme, without 'double'.")
 
 
-def _check_call(qz: Quantizer, state: QuantizerState, delay: int, freeze: int | None, params: Any) -> None:
-    """Refuses a state of another quantizer, and a schedule that is none."""
+def check_schedule(delay: Any, freeze: Any, momentum: Any) -> None:
+    """Refuses a schedule that is none.
+
+    Raises:
+      TypeError: `delay` or `freeze` is no whole number, or `momentum` no number.
+      ValueError: one of them is out of range.
+    """
+    for name, steps, otherwise in (("delay", delay, ""), ("freeze", freeze, ", or None for never")):
+        if not _is_whole(steps) and not (otherwise and steps is None):
+            raise TypeError(f"{name}={steps!r} counts training steps: expected a whole number{otherwise}.")
+    if delay < 0 or (freeze is not None and freeze < 0):
+        raise ValueError(f"delay={delay} and freeze={freeze} count training steps from 0 on.")
+    if isinstance(momentum, bool) or not isinstance(momentum, int | float | np.number):
+        raise TypeError(f"momentum={momentum!r} is no number; expected one in (0, 1].")
+    if not 0 < momentum <= 1:
+        raise ValueError(f"momentum must be in (0, 1], got {momentum}.")
+
+
+def _is_whole(x: Any) -> bool:
+    """Returns whether something is a whole number."""
+    return isinstance(x, int | np.integer) and not isinstance(x, bool)
+
+
+def _check_call(qz: Quantizer, state: QuantizerState, freeze: int | None, params: Any) -> None:
+    """Refuses a state of another quantizer, or of another kind of schedule."""
     expected = {"lsq": {"scale"}, "lsq+": {"scale", "offset"}, "pact": {"alpha"}}.get(qz.estimator, set())
     keeps = "updates" in state.running
     if set(state.learned) != expected or (qz.calibration == "ema" and not expected and not keeps):
@@ -246,9 +301,12 @@ def _check_call(qz: Quantizer, state: QuantizerState, delay: int, freeze: int | 
             f"{qz!r} cannot use a state with learned {sorted(state.learned)}, running {sorted(state.running)}; make "
             "one by init_state with the same quantizer."
         )
-    if delay < 0 or (freeze is not None and freeze < 0):
-        raise ValueError(f"delay={delay} and freeze={freeze} count training steps from 0 on.")
     if freeze is not None and not keeps and not expected:
         raise ValueError(f"{qz!r} is dynamic, with nothing to freeze; leave out freeze=, or say 'ema' or 'lsq'.")
+    if expected and (freeze is not None) != (_IS_FROZEN in state.running):
+        how = "has no place for what it froze" if freeze is not None else "is one that freezes"
+        raise ValueError(
+            f"{qz!r}: freeze={freeze}, but the state {how}; give init_state the same freeze= as its calls."
+        )
     if params is not None and keeps:
         raise ValueError(f"params= give {qz!r} other numbers than its running ranges were read with; leave them out.")

@@ -171,6 +171,7 @@ def planned(
     """
     options: dict[str, Any] = {"observing": observing.value is not None, "amaxes": amaxes, "given": given}
     options |= {"adapters": adapters, "every_product": every_product}
+    options["may_capture_data"] = not types or not every_rule  # a method of a model may be a closure over data
     planner = Planner(policy, root, types, everything=everything, **options)
     plan, _ = planner.walk(traced.jaxpr, traced.origins)
     if every_rule:

@@ -59,9 +59,10 @@ class Held:
         """Returns an operand on the grid of its quantizer, in float32; see `fake_quantized`."""
         x = x.astype(jnp.float32)
         if self.state is None:
-            return self._carrying(x, quantizer, init_state(quantizer, x, axis=axes))
+            return self._carrying(x, quantizer, init_state(quantizer, x, axis=axes, freeze=self.freeze))
         options = {"train": self.train, "delay": self.delay, "momentum": self.momentum, "key": key_for(x, quantizer)}
-        value, after = quantize_with_state(x, quantizer, self.state, axis=axes, freeze=self.freeze, **options)
+        freeze = self.freeze if needs_state(quantizer) else None  # a delay holds back dynamic ones too
+        value, after = quantize_with_state(x, quantizer, self.state, axis=axes, freeze=freeze, **options)
         return self._carrying(value, quantizer, QuantizerState({}, after.running)) if self.train else value
 
     def _carrying(self, value: jax.Array, quantizer: Quantizer, state: QuantizerState) -> jax.Array:

@@ -13,8 +13,6 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from precision_lab.policy import OP_TABLE, Policy, Treatment
 from precision_lab.policy.ops import ACTIVATIONS
 from precision_lab.rewrite import _compat
@@ -25,17 +23,23 @@ from precision_lab.rewrite.held import Known, at_site
 from precision_lab.rewrite.lookup import LOOKUP, looks_up_rows
 from precision_lab.rewrite.marks import MARKED, OPERANDS
 from precision_lab.rewrite.operations import CASTABLE, Operate, is_castable
+from precision_lab.rewrite.provenance import (
+    CONSTANT,
+    FLAGS,
+    Origins,
+    captured,
+    combined,
+    has_zero,
+    is_path,
+    of_results,
+    refuse_signs_of_masks,
+)
 from precision_lab.rewrite.rules import require_every_rule_used
 from precision_lab.rewrite.scaled import Amaxes
 from precision_lab.rewrite.sites import FULL_PRECISION, PRODUCTS, Site, SiteTable, clean_scope, module_types
 from precision_lab.rewrite.steps import Cast, Enter, Lookup, Observed, Plan
 
-LAYOUT = frozenset(
-    ["reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "slice", "dynamic_slice", "rev", "copy"]
-) | {"copy_p", "convert_element_type", "sharding_constraint", "optimization_barrier", "reduce_precision", MARKED}
 AS_WRITTEN, WHOLE = "as written: ops=products", "has rules of its own: runs as traced"
-CONSTANT = object()  # provenance of what neither parameters nor data have a part in
-Origins = list[Any]
 
 
 class Planner:
@@ -62,6 +66,7 @@ class Planner:
         given: Known | None = None,
         adapters: Mapping[str, Adapter] | None = None,
         every_product: bool = False,
+        may_capture_data: bool | None = None,
     ) -> None:
         self.policy = policy
         self.root = root
@@ -71,6 +76,8 @@ class Planner:
         self._given = given or Known({}, {})
         self._adapters = adapters or {}
         self._every_product = every_product
+        # The idiom `lambda params: loss(params, batch)` is of functions; what models capture are their own constants.
+        self._may_capture_data = not self.types if may_capture_data is None else may_capture_data
         self._everything = everything
         self.sites: list[Site] = []
         self._counts: collections.Counter[tuple[str, str]] = collections.Counter()
@@ -92,6 +99,7 @@ class Planner:
         """
         options: dict[str, Any] = {"observing": self.observing, "amaxes": self._amaxes, "given": self._given}
         options |= {"adapters": self._adapters, "every_product": self._every_product}
+        options["may_capture_data"] = self._may_capture_data
         planner = Planner(self.policy, self.root, self.types, **options)
         planner._counts = collections.Counter(counts)
         planner._default_precision = self._default_precision
@@ -118,7 +126,9 @@ class Planner:
           origins: provenance of each input.
           scope: name stack around the jaxpr.
         """
-        known = dict(zip(jaxpr.invars, origins, strict=True)) | {var: _captured(var.aval) for var in jaxpr.constvars}
+        known = dict(zip(jaxpr.invars, origins, strict=True)) | {
+            var: captured(var.aval, may_be_data=self._may_capture_data) for var in jaxpr.constvars
+        }
 
         def origin(atom: Any) -> Any:
             return CONSTANT if _compat.is_literal(atom) else known.get(atom)
@@ -143,12 +153,12 @@ class Planner:
             site = dataclasses.replace(self._site(eqn, sources, scope), reason="no policy reaches this operation yet")
             self.sites.append(site)
             return self._observed(None, sources), unknown
-        if name == LOOKUP and _is_path(sources[0]) and looks_up_rows(eqn):
+        if name == LOOKUP and is_path(sources[0]) and looks_up_rows(eqn):
             return self._lookup(eqn, sources, scope), unknown
         if is_opaque(eqn):
-            return self._opaque(eqn, scope), [_combined(sources)] * len(eqn.outvars)
+            return self._opaque(eqn, scope), [combined(sources)] * len(eqn.outvars)
         step = self._operation(eqn, None, scope) if self._reaches_operations else None
-        return step, [sources[0] if name in LAYOUT else _combined(sources)] * len(eqn.outvars)
+        return step, [of_results(eqn, sources)] * len(eqn.outvars)
 
     def _lookup(self, eqn: Any, sources: Origins, scope: str) -> Lookup | Operate | None:
         """Decides on a lookup of rows of a parameter, and records it as a site."""
@@ -207,7 +217,7 @@ class Planner:
         whole = self._whole(eqn, scope, is_activation) if eqn.primitive.name in _compat.CLOSED else None
         counts, first = dict(self._counts), len(self.sites)
         plans, of_tangents, operations, scans = [], self._of_tangents, self._reaches_operations, self._scans
-        layers = eqn.primitive.name == "scan" and any(map(_is_path, sources[sum(_compat.scan_arity(eqn)) :]))
+        layers = eqn.primitive.name == "scan" and any(map(is_path, sources[sum(_compat.scan_arity(eqn)) :]))
         self._scans += (layers,) * (eqn.primitive.name == "scan")
         # What a linear solve maps linearly is transposed, like a tangent.
         self._of_tangents |= eqn.primitive.name == _compat.LINEAR_SOLVE
@@ -263,9 +273,14 @@ class Planner:
         if reason:
             self.sites.append(dataclasses.replace(site, reason=reason))
             return None
+        parameters = (is_path(sources[0]), is_path(sources[1]))
+        by = quantizers_of(treatment, parameters)
+        refuse_signs_of_masks(site.name, sources, by)
+        if any(source is FLAGS and qz and not has_zero(qz) for source, qz in zip(sources, by, strict=False)):
+            # Signs would make +1 of both flags, such as those of a one-hot row.
+            treatment = dataclasses.replace(treatment, activation=None, attention=None)
         self.sites.append(dataclasses.replace(site, treatment=treatment))
         adapter = self._adapter(eqn, sources)
-        parameters = (_is_path(sources[0]), _is_path(sources[1]))
         as_it_stands = already(eqn, treatment, quantizers_of(treatment, parameters))
         if as_it_stands and adapter is None and not self._every_product:
             return None
@@ -305,7 +320,7 @@ class Planner:
         if treatment is None:
             return Observed(name, step, (None, None), None)
         # Under a quantizer's scale no number is outside of its format.
-        quantizers = quantizers_of(treatment, (_is_path(sources[0]), _is_path(sources[1])))
+        quantizers = quantizers_of(treatment, (is_path(sources[0]), is_path(sources[1])))
         left, right = (treatment.compute if quantizer is None else None for quantizer in quantizers)
         return Observed(name, step, (left, right), treatment.compute if treatment.gradient is None else None)
 
@@ -335,7 +350,7 @@ class Planner:
 
     def _site(self, eqn: Any, sources: Origins, scope: str) -> Site:
         """Builds the site of an operation, not yet decided."""
-        parameter = next((source for source in (*sources[1:2], *sources[:1]) if _is_path(source)), None)
+        parameter = next((source for source in (*sources[1:2], *sources[:1]) if is_path(source)), None)
         path, op = clean_scope(scope, self.root) if parameter is None else parameter, eqn.primitive.name
         function = _compat.function_name(eqn) if op in _compat.CLOSED else ""
         index, again = self._counts[path, op], self._counts[path, function]
@@ -360,30 +375,13 @@ class Planner:
         require_every_rule_used(self.policy, self.sites)
 
 
-def _captured(aval: Any) -> Any:
-    """Returns the provenance of a captured array: masks and scalars are nobody's data, all else may be a batch."""
-    return CONSTANT if aval.dtype == np.bool_ or aval.ndim == 0 else None
-
-
-def _is_path(source: Any) -> bool:
-    """Returns whether a provenance is a parameter's path."""
-    return isinstance(source, str)
-
-
-def _combined(sources: Origins) -> Any:
-    """Returns the provenance of what is computed from these: a parameter's path if no data has a part in it."""
-    if None in sources:
-        return None
-    return next(filter(_is_path, sources), CONSTANT)
-
-
 def _quantized_by(op: str, sources: Origins) -> tuple[str, ...]:
     """Returns the settings that quantize the operands of an operation."""
     if op not in PRODUCTS:
-        return ("embedding",) if op == LOOKUP and any(map(_is_path, sources)) else ()
-    if not any(map(_is_path, sources)):
+        return ("embedding",) if op == LOOKUP and any(map(is_path, sources)) else ()
+    if not any(map(is_path, sources)):
         return ("attention",) * len(sources)
-    return tuple("weight" if _is_path(source) else "activation" for source in sources)
+    return tuple("weight" if is_path(source) else "activation" for source in sources)
 
 
 def _is_full_precision(scope: str) -> bool:

@@ -18,6 +18,7 @@ from precision_lab.training.config import RunConfig
 from precision_lab.training.numbers import hyper
 from precision_lab.training.program import Program, batch_shapes, model_under, program_for, take_apart
 from precision_lab.training.state import TrainState
+from precision_lab.training.states import bare, first_inputs
 from precision_lab.training.transforming import check_transforms, transformed
 
 
@@ -28,7 +29,9 @@ class Beginning(NamedTuple):
     audit: dict[str, float]
 
 
-def beginning(config: RunConfig, program: Program, spec: DataSpec, start_from: Path | None) -> Beginning:
+def beginning(
+    config: RunConfig, program: Program, spec: DataSpec, start_from: Path | None, batches: Any = None
+) -> Beginning:
     """Returns how a run begins.
 
     Args:
@@ -36,14 +39,17 @@ def beginning(config: RunConfig, program: Program, spec: DataSpec, start_from: P
       program: what trains it.
       spec: what its data asks of the model.
       start_from: folder of the checkpoints of the run that it begins from, if any.
+      batches: of training; quantizers that have a state start from the first.
 
     Raises:
       ValueError: the run begins from another whose final parameters are not there, or a transform does not fit.
     """
+    inputs = first_inputs(config, batches)
     if config.start is None and not config.transforms:
-        return Beginning(program.init(config.seed, hyper(config)), {})
+        return Beginning(program.init(config.seed, hyper(config), inputs), {})
     params, model_state, audit = parameters_at_start(config, program, spec, start_from)
-    return Beginning(program.start(params, model_state, hyper(config), jnp.asarray(config.seed, jnp.uint32)), audit)
+    seed = jnp.asarray(config.seed, jnp.uint32)
+    return Beginning(program.start(params, model_state, hyper(config), seed, inputs), audit)
 
 
 def parameters_at_start(
@@ -66,7 +72,10 @@ def check_beginning(program: Program, config: RunConfig) -> None:
 
 
 def _final_parameters(config: RunConfig, spec: DataSpec, folder: Path | None) -> tuple[Any, Any]:
-    """Returns the parameters, masters in float32, and the other state with which the run before ended."""
+    """Returns the parameters, masters in float32, and the other state with which the run before ended.
+
+    What its quantizers have learned is left out: those of this run start anew, from these parameters.
+    """
     assert config.start is not None
     parent = config.start.run
     if parent is None:
@@ -87,7 +96,7 @@ def _final_parameters(config: RunConfig, spec: DataSpec, folder: Path | None) ->
     if parent.lora is not None:
         return _merged(parent, spec, state)
     params = full_precision(state.params, state.opt_state) if parent.master_weights else state.params
-    return jax.tree.map(lambda x: x.astype("float32"), params), state.model_state
+    return jax.tree.map(lambda x: x.astype("float32"), bare(params)), bare(state.model_state)
 
 
 def _merged(parent: RunConfig, spec: DataSpec, state: TrainState) -> tuple[Any, Any]:

@@ -37,6 +37,7 @@ from precision_lab.models.registry import Registry
 from precision_lab.policy import Policy
 from precision_lab.quant import Quantizer, quantizer
 from precision_lab.training.mesh import MeshConfig
+from precision_lab.training.qat import QATConfig, check_qat
 from precision_lab.training.start import (
     LoRAConfig,
     NamedPolicies,
@@ -267,6 +268,8 @@ class RunConfig(FrozenConfig):
         run with quantized weights may have `shadow: float32`, a float32 run `int4: "weight=int4@channel"`.
       transforms: what is done to the parameters that it begins with, in this order.
       lora: trains adapters beside the weights instead of the parameters; None trains the parameters.
+      qat: when quantizers that learn ("lsq", "pact") or follow running ranges ("ema") start and stop; see `QATConfig`.
+        None, for a policy that has such ones, starts them with the run and never stops them.
       mesh: the devices that train it, one by default; how sums are divided may move the last bits of its numbers.
     """
 
@@ -287,6 +290,7 @@ class RunConfig(FrozenConfig):
         tuple[AnyTransform, ...], BeforeValidator(tuple_of_list), Field(json_schema_extra={"legacy": []})
     ] = ()
     lora: Annotated[LoRAConfig | None, Field(json_schema_extra={"legacy": None})] = None
+    qat: Annotated[QATConfig | None, Field(json_schema_extra={"legacy": None})] = None
     mesh: Annotated[MeshConfig, Field(json_schema_extra={"legacy": {"data": 1, "fsdp": 1, "tensor": 1}})] = MeshConfig()
 
     @field_validator("policy", mode="before")
@@ -299,6 +303,7 @@ class RunConfig(FrozenConfig):
         _check_task(self)
         _check_storage(self)
         _check_lora(self)
+        check_qat(self)
         _check_start(self)
         _check_loss_shift(self)
         schedule = self.optim.schedule

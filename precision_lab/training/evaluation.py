@@ -17,8 +17,10 @@ from precision_lab.training.config import RunConfig
 from precision_lab.training.numbers import static_part
 from precision_lab.training.once import once
 from precision_lab.training.program import Program, batch_shapes, evaluate_batch, model_under
+from precision_lab.training.qat import has_state
 from precision_lab.training.start import quantizes_parameters
 from precision_lab.training.state import TrainState
+from precision_lab.training.states import bare
 
 _EVALUATORS_KEPT = 64
 
@@ -55,14 +57,14 @@ def weight_errors(config: RunConfig, spec: DataSpec) -> dict[str, Callable[[Trai
     """Returns by split, "weights" and "weights_<name>", what measures the error of the weights that a policy quantizes.
 
     Its "relative_mse" is the squared error of all of them over the sum of their squares, both of the weights as that
-    policy stores them.
+    policy stores them. Not for a policy whose quantizers have a state: their scales are no function of the weights.
     """
     policies = {"weights": config.policy, **{f"weights_{name}": policy for name, policy in config.evals.items()}}
     static = static_part(config)
     return {
         split: functools.partial(_measured, _weight_measure(static, spec, policy))  # pyright: ignore[reportArgumentType]
         for split, policy in policies.items()
-        if quantizes_parameters(policy)
+        if quantizes_parameters(policy) and not has_state(policy)
     }
 
 
@@ -101,8 +103,8 @@ def _weight_measure(config: RunConfig, spec: DataSpec, policy: str) -> Any:
     example = batch_shapes(spec, 1)["inputs"]
 
     def measured(state: TrainState) -> jax.Array:
-        stored = parsed.cast_to_param(state.params)
-        return relative_mse(weight_error(nnx.merge(model.eval, stored, state.model_state), parsed, example))
+        stored = parsed.cast_to_param(bare(state.params))
+        return relative_mse(weight_error(nnx.merge(model.eval, stored, bare(state.model_state)), parsed, example))
 
     return jax.jit(measured)
 
@@ -114,7 +116,8 @@ def _evaluator(config: RunConfig, spec: DataSpec, policy: str) -> Any:
     model = model_under(config, spec, parsed)
 
     def evaluated(state: TrainState, batch: Any, weights: jax.Array) -> dict[str, jax.Array]:
-        stored = dataclasses.replace(state, params=parsed.cast_to_param(state.params))
+        params, rest = parsed.cast_to_param(bare(state.params)), bare(state.model_state)
+        stored = dataclasses.replace(state, params=params, model_state=rest)
         return evaluate_batch(model, stored, batch, weights)
 
     return jax.jit(evaluated)

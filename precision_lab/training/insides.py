@@ -19,7 +19,9 @@ from precision_lab.telemetry.reading import exponent_of, window
 from precision_lab.training.checkpointing import Checkpoints
 from precision_lab.training.config import RunConfig
 from precision_lab.training.program import cross_entropy, model_under, program_for
+from precision_lab.training.qat import has_state
 from precision_lab.training.state import TrainState
+from precision_lab.training.states import bare
 
 _EXAMPLES = 64
 
@@ -47,16 +49,19 @@ def look_inside(config: RunConfig, checkpoint_dir: Path) -> dict[str, Any] | Non
     state, policy = restored.state, Policy.parse(config.policy)
     batch = dataset.eval.take(np.arange(min(_EXAMPLES, len(dataset.eval))))
     tensors = {
-        "weights": _described(state.params, _format_of(policy, "weight")),
-        "gradients": _described(_gradients(config, dataset.spec, state, batch), _format_of(policy, "gradient")),
+        "weights": _described(bare(state.params), _format_of(policy, "weight")),
+        "gradients": _described(bare(_gradients(config, dataset.spec, state, batch)), _format_of(policy, "gradient")),
     }
     return {"step": int(state.step), "sites": _sites(config, dataset.spec, state, batch["inputs"]), "tensors": tensors}
 
 
 def _sites(config: RunConfig, spec: DataSpec, state: TrainState, inputs: Any) -> list[dict[str, Any]]:
-    """Returns the errors of each site against float32, local and cumulative, in dB; none of a model with adapters."""
+    """Returns the errors of each site against float32, local and cumulative, in dB.
+
+    None of a model with adapters, nor of one whose quantizers have a state.
+    """
     policy = Policy.parse(config.policy)
-    if policy == Policy.parse("float32") or config.lora is not None:
+    if policy == Policy.parse("float32") or config.lora is not None or has_state(config.policy):
         return []
     model = nnx.merge(nnx.split(models.build(config.model, spec, 0))[0], state.params, state.model_state)
     model.eval()

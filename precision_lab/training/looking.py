@@ -18,6 +18,9 @@ from precision_lab.training.beginning import parameters_at_start
 from precision_lab.training.checkpointing import Checkpoints
 from precision_lab.training.config import RunConfig
 from precision_lab.training.program import batch_shapes, program_for, with_adapters
+from precision_lab.training.qat import has_state
+from precision_lab.training.start import canonical_policy
+from precision_lab.training.states import bare
 
 
 def sites_of(config: RunConfig, policy: Any = None, *, everything: bool = False) -> SiteTable:
@@ -80,13 +83,20 @@ def compare_policies(
       start_from: checkpoints of the run that this one begins from, if any.
 
     Raises:
-      ValueError: the run has adapters, no such checkpoint, or a rule matches no site.
+      ValueError: the run has adapters, a policy has quantizers with a state, no such checkpoint, or a rule matches no
+        site.
     """
     if config.lora is not None:
         raise ValueError(
             "a run with adapters (lora) has two models in one, frozen weights and what is added to them, which no one "
             "policy describes; compare the arm that it starts from."
         )
+    for policy in policies:
+        if has_state(canonical_policy(policy)):
+            raise ValueError(
+                f"policy '{policy}' has quantizers that learn or follow running ranges, which are not compared: say "
+                "what to hold against the reference without lsq, lsq+, pact and ema."
+            )
     dataset = data.load(config.data)
     params, model_state, step = _parameters(config, dataset.spec, checkpoint_dir, step, start_from)
     model = nnx.merge(nnx.split(models.build(config.model, dataset.spec, 0))[0], params, model_state)
@@ -112,4 +122,4 @@ def _parameters(
         raise ValueError(f"no checkpoint in '{folder}'; --step 0 takes the parameters that the run begins with.")
     state = restored.state
     params = full_precision(state.params, state.opt_state) if config.master_weights else state.params
-    return jax.tree.map(lambda x: x.astype("float32"), params), state.model_state, int(state.step)
+    return jax.tree.map(lambda x: x.astype("float32"), bare(params)), bare(state.model_state), int(state.step)

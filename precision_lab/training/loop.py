@@ -116,7 +116,7 @@ def train(
     batches = data.batches(dataset, config.data, config.seed)
     with Checkpoints(checkpoint_dir, config) as checkpoints:
         restored = checkpoints.restore(program.state_shapes)
-        begun = beginning(config, whole, dataset.spec, start_from) if restored is None else None
+        begun = beginning(config, whole, dataset.spec, start_from, batches) if restored is None else None
         state, metrics, bad_step = restored or (placement.place(begun.state), {}, NEVER)  # pyright: ignore
         run = _Run(config, program, placement, dataset, sink, checkpoints, metrics, bad_step)
         result = run.go(

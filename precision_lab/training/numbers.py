@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from precision_lab.nn.numbers import Apart, apart
 from precision_lab.policy import Policy
 from precision_lab.training.config import ConstantSchedule, RunConfig, SGDConfig
+from precision_lab.training.qat import has_state
 from precision_lab.training.start import Policies
 
 _FIXED: dict[str, dict[str, Any]] = {
@@ -138,7 +139,9 @@ def _as_trained(config: RunConfig) -> RunConfig:
 
 @functools.lru_cache(maxsize=1024)
 def policy_apart(policy: str) -> Apart:
-    """Returns the structure and the numbers of a policy."""
+    """Returns the structure and the numbers of a policy; all of one whose quantizers have a state is structure."""
+    if has_state(policy):
+        return Apart(Policy.parse(policy), {}, {})
     return apart(Policy.parse(policy))
 
 

@@ -31,7 +31,9 @@ from precision_lab.training.config import RunConfig
 from precision_lab.training.numbers import Hyper, hyper, static_part
 from precision_lab.training.once import once
 from precision_lab.training.optimizer import build_optimizer
+from precision_lab.training.qat import has_state
 from precision_lab.training.state import NEVER, TrainState
+from precision_lab.training.states import model_with_states, shapes_of_inputs, states_at_start
 
 _PROGRAMS_KEPT = 64
 _ADAPTERS = 0x10AA  # stream of random numbers, apart from those of the initialisation
@@ -42,8 +44,9 @@ class Program(NamedTuple):
 
     Attributes:
       fresh: seed -> (params, model_state), float32. They depend on the seed and the model alone, not on the policy.
-      start: (params, model_state, hyper, seed) -> TrainState before the first step.
-      init: (seed, hyper) -> TrainState, `start` of what is `fresh`.
+      start: (params, model_state, hyper, seed, inputs) -> TrainState before the first step; inputs are those of the
+        first batch where quantizers start from them, else None: `states.first_inputs`.
+      init: (seed, hyper, inputs) -> TrainState, `start` of what is `fresh`.
       step: (state, batch, hyper) -> (state, metrics), donating the state; metrics are float32 and int32 scalars.
       evaluate: (state, batch, weights) -> sums over the batch of weighted "loss", "correct", and of "weight".
       state_shapes: the state as ShapeDtypeStructs.
@@ -52,8 +55,8 @@ class Program(NamedTuple):
     """
 
     fresh: Callable[[Any], tuple[Any, Any]]
-    start: Callable[[Any, Any, Hyper, jax.Array], TrainState]
-    init: Callable[[int, Hyper], TrainState]
+    start: Callable[[Any, Any, Hyper, jax.Array, Any], TrainState]
+    init: Callable[..., TrainState]
     step: Any
     evaluate: Any
     state_shapes: TrainState
@@ -110,27 +113,33 @@ def _build(config: RunConfig, spec: DataSpec) -> Program:
     fresh = _initializer(config.model, spec)  # pyright: ignore[reportArgumentType]
     start = jax.jit(functools.partial(_start, config, policy, spec))
 
-    def init(seed: int, numbers: Hyper) -> TrainState:
+    def init(seed: int, numbers: Hyper, inputs: Any = None) -> TrainState:
         # Two programs: that of `fresh` is the same whatever the policy, so that paired runs start from equal bits.
         root = jnp.asarray(seed, jnp.uint32)
-        return start(*fresh(root), numbers, root)
+        return start(*fresh(root), numbers, root, inputs)
 
-    numbers = hyper(config)
+    numbers, shapes = hyper(config), batch_shapes(spec, config.data.batch)
     return Program(
         fresh=fresh,
         start=start,
         init=init,
         step=jax.jit(functools.partial(_step, config, model), donate_argnums=0),
         evaluate=jax.jit(functools.partial(evaluate_batch, model)),
-        state_shapes=jax.eval_shape(init, 0, numbers),
-        batch_shapes=batch_shapes(spec, config.data.batch),
+        state_shapes=jax.eval_shape(init, 0, numbers, shapes_of_inputs(config, shapes)),
+        batch_shapes=shapes,
         spec=spec,
     )
 
 
 def model_under(config: RunConfig, spec: DataSpec, policy: Policy) -> Model:
-    """Returns the definition of a run's model under `policy`, for training and for evaluation, with its adapters."""
-    model = apply_policy(nnx.eval_shape(lambda: models.build(config.model, spec, 0)), policy)
+    """Returns the definition of a run's model under `policy`, for training and for evaluation, with its adapters.
+
+    Under the run's own policy it has the states of its quantizers too.
+    """
+    if has_state(str(policy)):
+        model = model_with_states(config, spec, batch_shapes(spec, config.data.batch)["inputs"])
+    else:
+        model = apply_policy(nnx.eval_shape(lambda: models.build(config.model, spec, 0)), policy)
     if config.lora is not None:
         model = nnx.eval_shape(lambda: with_adapters(models.build(config.model, spec, 0), config, spec, policy, 0))
     model.train()
@@ -170,12 +179,20 @@ def with_adapters(model: nnx.Module, config: RunConfig, spec: DataSpec, policy: 
 
 
 def _start(
-    config: RunConfig, policy: Policy, spec: DataSpec, params: Any, model_state: Any, numbers: Hyper, seed: jax.Array
+    config: RunConfig,
+    policy: Policy,
+    spec: DataSpec,
+    params: Any,
+    model_state: Any,
+    numbers: Hyper,
+    seed: jax.Array,
+    inputs: Any,
 ) -> TrainState:
     """Returns the state before the first step."""
     if config.lora is not None:
         bare = nnx.merge(model_under(config.model_copy(update={"lora": None}), spec, policy).train, params, model_state)
         params, model_state = _split(with_adapters(bare, config, spec, policy, seed), nnx.LoRAParam)
+    params, model_state = states_at_start(config, spec, params, model_state, inputs)
     stored = policy.cast_to_param(params)
     # Masters start from the originals; what is updated in place, and what it has lost, has the dtype it is stored in.
     given = params if config.master_weights else stored

@@ -1,5 +1,6 @@
 """How large a run is, and how many fit, told from shapes: nothing is compiled and nothing is allocated."""
 
+import collections
 import functools
 import os
 
@@ -10,10 +11,13 @@ from flax import nnx
 
 from precision_lab import data, models
 from precision_lab.models import DataSpec, ModelConfig
+from precision_lab.nn import sites
 from precision_lab.nn.storage import bytes_under
 from precision_lab.policy import Policy
+from precision_lab.policy.deriving import without_states
 from precision_lab.training import AnyRun, ProbeRun, checkpointing
 from precision_lab.training.program import program_for
+from precision_lab.training.qat import learns_offsets
 from precision_lab.training.rows import evaluates_at
 
 _ROW_BYTES = 200
@@ -60,12 +64,27 @@ def bits_per_parameter(config: AnyRun) -> float | None:
     """Returns the true bits per parameter of a run's model, stored as `convert` stores it under the run's policy.
 
     Scales, zero points and padding count; what nothing but quantized products and lookups use is stored quantized, and
-    the rest as the policy stores parameters. None for a probe, which has no model.
+    the rest as the policy stores parameters. Learned scales count as others do. None for a probe, which has
+    no model, and where parameters have offsets that are learned ("lsq+").
     """
-    if isinstance(config, ProbeRun):
+    if isinstance(config, ProbeRun) or learns_offsets(config.policy):
         return None
     spec = config.data.spec() or data.load(config.data).spec
     return _bits(config.model, spec, config.policy)  # pyright: ignore[reportArgumentType] (frozen: hashable)
+
+
+def _as_stored(policy: Policy, model: nnx.Module, example: jax.Array) -> Policy:
+    """Returns a policy that stores as many bytes as one whose quantizers have learned.
+
+    A parameter that learns a scale at each of several sites is stored as it is, having no one scale.
+    """
+    table = [site for site in sites(model, example, policy=policy) if site.has_parameter and site.treatment]
+    used = collections.Counter(site.path for site in table)
+    for site in table:
+        by = [getattr(site.treatment, key) for key in site.quantized_by if key in ("weight", "embedding")]
+        if used[site.path] > 1 and any(quantizer is not None and quantizer.has_state for quantizer in by):
+            policy = policy.with_rule(site.path, weight=None, embedding=None)
+    return without_states(policy)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -77,7 +96,8 @@ def _bits(model: ModelConfig, spec: DataSpec, policy: str) -> float:
         built = models.build(model, spec, 0)
         built.eval()
         dtype = jnp.float32 if spec.task == "classification" else jnp.int32
-        taken = bytes_under(built, Policy.parse(policy), None, (jnp.zeros((2, *spec.input_shape), dtype),), {})
+        example = jnp.zeros((2, *spec.input_shape), dtype)
+        taken = bytes_under(built, _as_stored(Policy.parse(policy), built, example), None, (example,), {})
         count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(nnx.state(built, nnx.Param)))
         found.append(8 * sum(taken.values()) / count)
         return 0

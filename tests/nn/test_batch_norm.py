@@ -313,7 +313,30 @@ def test_linen_layers_in_a_row_are_folded():
         epsilon=1e-3,
     )
     np.testing.assert_array_equal(folded["params"]["layers_0"]["kernel"], kernel)
-    np.testing.assert_array_equal(folded["batch_stats"]["layers_1"]["mean"], -shift)
+    np.testing.assert_array_equal(folded["params"]["layers_1"]["bias"], shift)
+    assert not np.any(folded["batch_stats"]["layers_1"]["mean"])
+
+
+def test_a_shift_without_a_bias_to_go_into_is_minus_the_mean():
+    model = nnx.Sequential(
+        nnx.Linear(2, 8, use_bias=False, rngs=nnx.Rngs(0)), nnx.BatchNorm(8, use_bias=False, rngs=nnx.Rngs(0))
+    )
+    model.layers[1].mean[...] = jnp.asarray(RNG.uniform(0.5, 2, 8), jnp.float32)
+    model.eval()
+
+    folded = fold_batch_norms(model, X)
+
+    factor = 1 / np.sqrt(np.float64(1) + 1e-5)
+    np.testing.assert_allclose(folded.layers[1].mean[...], model.layers[1].mean[...] * factor, rtol=1e-6)
+    np.testing.assert_allclose(folded(X), model(X), rtol=1e-4, atol=1e-5)
+
+
+def test_variables_that_are_not_given_first_are_asked_for():
+    model = linen.Sequential([linen.Dense(8), linen.BatchNorm(use_running_average=True)])
+    variables = model.init(jax.random.key(0), X)
+
+    with pytest.raises(TypeError, match="called with its variables first, a mapping of collections; got"):
+        fold_batch_norms(model, X, params=variables)
 
 
 def test_partitioned_variables_of_linen_keep_their_names():

@@ -166,14 +166,15 @@ def test_evaluation_moves_nothing_and_training_moves_ranges_with_the_batch_norm(
 
 
 def test_a_trained_model_is_split_merged_pickled_and_restored(tmp_path):
-    model = trained(Net(nnx.Rngs(0)), X, delay=1, freeze=2, momentum=0.5)
+    schedule = {"delay": 1, "freeze": 2, "momentum": 0.5}
+    model = trained(Net(nnx.Rngs(0)), X, **schedule)
     model.eval()
     expected, (graphdef, state) = call(model, X), nnx.split(model)
 
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "model", nnx.to_pure_dict(state))
         restored = checkpointer.restore(tmp_path / "model", nnx.to_pure_dict(state))
-    fresh = nnx.state(pl.prepare_qat(Net(nnx.Rngs(1)), POLICY, X))
+    fresh = nnx.state(pl.prepare_qat(Net(nnx.Rngs(1)), POLICY, X, **schedule))
     nnx.replace_by_pure_dict(fresh, restored)
 
     assert_equal(call(nnx.merge(graphdef, fresh), X), expected)

@@ -274,12 +274,6 @@ def test_a_state_without_a_place_is_refused(policy, options, message):
         pl.QAT(policy, **options).init(product, {"w": W}, X)
 
 
-@pytest.mark.parametrize("options", [{"delay": -1}, {"freeze": -1}, {"momentum": 0}])
-def test_a_schedule_that_is_none_is_refused(options):
-    with pytest.raises(ValueError, match="QAT: "):
-        pl.QAT(LSQ, **options)
-
-
 def test_a_product_inside_a_custom_derivative_is_refused():
     @jax.custom_vjp
     def own(w, x):

@@ -136,6 +136,29 @@ def test_a_parameter_that_sites_share_has_one_policy_and_is_counted_once():
     assert found.damage == pytest.approx(sum(errors), rel=1e-12)
 
 
+@pytest.mark.parametrize("policy", ["weight=int4@channel", "embedding=int4@channel"])
+def test_a_tied_table_that_saves_nothing_says_why_and_what_would(policy):
+    """Only one of its uses was quantized, so its bytes stay, and no allocation has a reason to choose that."""
+    params, tokens = {"table": PARAMS["w0"], "w": PARAMS["w1"]}, np.arange(16)
+
+    def net(params, tokens):
+        return jax.nn.relu(params["table"][tokens] @ params["w"]) @ params["table"].T
+
+    table = pl.sensitivity(net, [f"{policy};w:weight=int4@channel"], [tokens], params=params)
+    found = pl.allocate(table, 19)
+
+    name = f"{policy};w:weight=int4@channel"
+    assert found.choices == {"table": "float32", "w": name}
+    why = found.kept["table"][name]
+    assert why.startswith("it is used in more than one way (")
+    assert why.endswith("give its products and its lookups one quantizer: weight= and embedding=")
+    assert "stored as it is: it is used in" in " ".join(str(found).split())
+    with pytest.raises(ValueError, match=r"'table' saves nothing under .*: weight= and embedding="):
+        pl.allocate(table, 8)
+    both = pl.sensitivity(net, ["weight=int4@channel,embedding=int4@channel"], [tokens], params=params)
+    assert pl.allocate(both, 19).kept == {}
+
+
 @pytest.mark.parametrize(
     "policy",
     [

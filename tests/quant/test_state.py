@@ -188,7 +188,7 @@ def test_values_pass_unchanged_until_the_delay_is_over(spec):
 
 def test_frozen_numbers_have_no_gradient():
     spec = "uint4,lsq+"
-    state = begin(spec)
+    state = begin(spec, freeze=1)
 
     def gradient(state):
         def loss(learned):
@@ -197,7 +197,7 @@ def test_frozen_numbers_have_no_gradient():
         return jax.grad(loss)(state.learned)
 
     assert all(float(g[0, 0]) != 0 for g in gradient(state).values())
-    assert all(float(g[0, 0]) == 0 for g in gradient(step(X, spec, state)[1]).values())
+    assert all(float(g[0, 0]) == 0 for g in gradient(step(X, spec, state, freeze=1)[1]).values())
 
 
 def test_what_is_not_finite_is_counted_and_left_out():
@@ -279,17 +279,17 @@ def test_states_go_through_scan_and_vmap(spec):
         value, state = step(batch, spec, state, freeze=3)
         return state, value
 
-    looped, values = begin(spec), []
+    looped, values = begin(spec, freeze=3), []
     for batch in batches:
         looped, value = advance(looped, batch)
         values.append(value)
-    scanned, together = jax.lax.scan(advance, begin(spec), batches)
-    layers = jax.vmap(lambda x: begin(spec, x))(batches)
+    scanned, together = jax.lax.scan(advance, begin(spec, freeze=3), batches)
+    layers = jax.vmap(lambda x: begin(spec, x, freeze=3))(batches)
     mapped = jax.vmap(lambda state, x: advance(state, x)[1])(layers, batches)
 
     np.testing.assert_array_equal(together, jnp.stack(values))
     jax.tree.map(np.testing.assert_array_equal, scanned, looped)
-    each = [advance(begin(spec, x), x)[1] for x in batches]
+    each = [advance(begin(spec, x, freeze=3), x)[1] for x in batches]
     np.testing.assert_allclose(mapped, jnp.stack(each), rtol=1e-6)
 
 
