@@ -1,18 +1,32 @@
-"""What all tests share: each process compiles a program once."""
+"""What all tests share: programs are compiled quickly unless `--optimized` is given, and once in each process."""
 
+import gc
+import importlib.metadata
+import os
 import tempfile
 
 _FOLDER = None
+_QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--optimized", action="store_true", help="compile programs as users do; takes twice as long")
 
 
 def pytest_configure(config):
-    """Keeps what is compiled while the tests of this process run, under the text of its program.
+    """Says how JAX, which is imported after this, compiles, and keeps what it compiled while the process runs.
+
+    Most programs of tests run once or twice on small arrays, and to make their machine code fast took more than half
+    of the time of all tests. XLA gets the same program and simplifies it in the same way; what it fuses differs little,
+    and the code of a fusion differs. So what claims bits of numbers is run with `--optimized` as well, by `.ci/run`.
 
     Tests of one subject build the same program again and again, as functions of their own; the second time its machine
     code is read instead of made, and is the same. No two processes share a folder, since JAX does not write its files
     at once, and the processes that tests start compile for themselves.
     """
     global _FOLDER
+    if not config.option.optimized and not hasattr(config, "workerinput"):  # workers inherit what is said here
+        os.environ["XLA_FLAGS"] = f"{_quick_flags()} {os.environ.get('XLA_FLAGS', '')}".strip()
     if getattr(config.option, "numprocesses", None):
         return  # only starts the processes that run the tests
     import jax
@@ -21,3 +35,14 @@ def pytest_configure(config):
     jax.config.update("jax_compilation_cache_dir", _FOLDER.name)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_collection_finish():
+    """Leaves what the imports made, half a million objects, out of every later search for garbage."""
+    gc.freeze()
+
+
+def _quick_flags():
+    """XLA ends a process that names a flag it does not know; since 0.12 it has only one way of emitting a fusion."""
+    version = tuple(int(part) for part in importlib.metadata.version("jaxlib").split(".")[:2])
+    return _QUICK if version >= (0, 12) else f"{_QUICK} --xla_cpu_use_fusion_emitters=false"

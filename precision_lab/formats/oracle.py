@@ -6,6 +6,7 @@ multiples of the spacing there, and the rounding rule picks one. Slow, and what 
 
 from __future__ import annotations
 
+import functools
 import math
 from fractions import Fraction
 from typing import Any
@@ -15,6 +16,8 @@ import numpy as np
 from precision_lab.formats.catalogue import format
 from precision_lab.formats.options import check_rounding, check_subnormals, overflow_action
 from precision_lab.formats.scalar import Format, power_of_two
+
+_HALF = Fraction(1, 2)
 
 
 def round_to(
@@ -87,7 +90,7 @@ def round_number(
     if isinstance(value, float) and math.isinf(value):
         return _round_infinity(value, fmt, action)
     magnitude = _round_magnitude(abs(Fraction(value)), negative, fmt, rounding, subnormals, chance)
-    largest = -fmt.lowest if negative else fmt.magnitude(fmt.max_code)
+    largest = _largest(fmt, negative)
     if magnitude > largest:
         inwards = rounding in ("toward_zero", "to_odd") or rounding == ("up" if negative else "down")
         beyond = {"inf": math.inf, "nan": math.nan}.get("" if inwards else action, float(largest))
@@ -95,6 +98,12 @@ def round_number(
     if magnitude == 0 and not fmt.has_negative_zero:
         return 0.0
     return -float(magnitude) if negative else float(magnitude)
+
+
+@functools.cache
+def _largest(fmt: Format, negative: bool) -> Fraction:
+    """Returns the largest magnitude on one side of zero."""
+    return -fmt.lowest if negative else fmt.magnitude(fmt.max_code)
 
 
 def neighbours(magnitude: Fraction, fmt: Format) -> tuple[Fraction, Fraction]:
@@ -130,12 +139,13 @@ def _round_magnitude(
     """Returns the neighbour of `magnitude` that `rounding` picks, as if there were no largest value."""
     normal = power_of_two(fmt.min_exponent)
     below, step, odd = _locate(magnitude, fmt)
-    if magnitude < normal and not fmt.has_zero:
-        return normal
-    if magnitude < normal and subnormals == "denormals_are_zero":
-        return Fraction(0)
-    if magnitude < normal and subnormals == "round":  # zero is then the value before it, as code 0 before code 1
-        below, step, odd = Fraction(0), normal, False
+    if magnitude < normal:
+        if not fmt.has_zero:
+            return normal
+        if subnormals == "denormals_are_zero":
+            return Fraction(0)
+        if subnormals == "round":  # zero is then the value before it, as code 0 before code 1
+            below, step, odd = Fraction(0), normal, False
     upper = _takes_upper((magnitude - below) / step, negative, odd, rounding, chance)
     rounded = below + step if upper else below
     return Fraction(0) if subnormals == "flush" and rounded < normal else rounded
@@ -143,16 +153,22 @@ def _round_magnitude(
 
 def _takes_upper(rest: Fraction, negative: bool, odd: bool, rounding: str, chance: Fraction | None) -> bool:
     """Returns whether the upper neighbour is taken, `rest` being the distance to the lower one in spacings."""
-    half = Fraction(1, 2)
-    return {
-        "nearest_even": rest > half or (rest == half and odd),
-        "nearest_away": rest >= half,
-        "toward_zero": False,
-        "up": rest > 0 and not negative,
-        "down": rest > 0 and negative,
-        "to_odd": rest > 0 and not odd,
-        "stochastic": rest + (chance or 0) >= 1,
-    }[rounding]
+    match rounding:
+        case "nearest_even":
+            return rest > _HALF or (rest == _HALF and odd)
+        case "nearest_away":
+            return rest >= _HALF
+        case "toward_zero":
+            return False
+        case "up":
+            return rest > 0 and not negative
+        case "down":
+            return rest > 0 and negative
+        case "to_odd":
+            return rest > 0 and not odd
+        case "stochastic":
+            return rest + (chance or 0) >= 1
+    raise AssertionError(rounding)  # checked before
 
 
 def floor_exponent(value: Fraction) -> int:

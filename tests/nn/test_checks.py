@@ -105,7 +105,7 @@ def test_check_45_products_are_the_same_without_excess_precision():
     tests = ["tests/rewrite/test_cast.py", "tests/rewrite/test_autocast.py", "tests/nn/test_apply_policy.py"]
 
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--optimized", *tests],
         env={**os.environ, "XLA_FLAGS": flags},
         cwd=root,
         capture_output=True,

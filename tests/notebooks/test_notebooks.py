@@ -18,6 +18,8 @@ from nbclient import NotebookClient
 FOLDER = Path(__file__).parents[2] / "notebooks"
 SCRIPTS = sorted(FOLDER.glob("[0-9]*.py"))
 by_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+# One of them shows quickly that notebooks run and print what is stored; the others take ten to forty seconds each.
+ONE, OTHERS = SCRIPTS[:1], [pytest.param(script, marks=pytest.mark.slow) for script in SCRIPTS[1:]]
 
 
 def executed(script):
@@ -73,7 +75,7 @@ def test_a_notebook_defines_nothing_but_a_model_of_its_readers_own(script):
     assert not [node for node in others if isinstance(node, defined)]
 
 
-@by_script
+@pytest.mark.parametrize("script", [*ONE, *OTHERS], ids=[path.stem for path in SCRIPTS])
 def test_a_notebook_runs(script, monkeypatch):
     for name in ("PYTHONPATH", "MPLBACKEND"):
         monkeypatch.setenv(name, "")  # restored afterwards
