@@ -18,6 +18,9 @@ from precision_lab.formats.kernel import round_magnitude
 from precision_lab.formats.params import FLOAT32, FormatParams, layout_of
 
 _U32 = np.uint32
+# In a called function inside of a loop, XLA of JAX 0.10 permutes the elements of a constant that is transposed and then
+# read as bits; where it cannot see that it is a constant, it does not. JAX 0.12 has it right.
+_FOLDS_WRONGLY = jax.__version_info__ < (0, 12)
 # Differences between float16's and float32's exponent fields, for numbers and for infinities and NaNs.
 _REBIAS = _U32((127 - 15) << 23)
 _REBIAS_TOP = _U32((255 - 31) << 23)
@@ -40,6 +43,7 @@ def as_word(floats: jax.Array) -> jax.Array:
 
 def to_bits(x: jax.Array) -> jax.Array:
     """Returns the values of `x` as words in the layout they are rounded in; every dtype's values fit exactly."""
+    x = lax.optimization_barrier(x) if _FOLDS_WRONGLY else x
     if x.dtype == jnp.bfloat16:
         return lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) << _U32(16)
     if x.dtype == jnp.float16:
