@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from flax import linen, nnx
 
+from precision_lab.formats import FormatParams
 from precision_lab.nn.linen_policy import linen_sites, linen_under_policy
 from precision_lab.nn.nnx_policy import nnx_sites, nnx_under_policy, set_numbers
 from precision_lab.nn.numbers import require_keys
@@ -20,7 +21,9 @@ from precision_lab.rewrite import SiteTable, apply_to_function, sites_of_functio
 Target = TypeVar("Target")
 
 
-def apply_policy(target: Target, policy: Any, *, numbers: Mapping[str, QuantizerParams] | None = None) -> Target:
+def apply_policy(
+    target: Target, policy: Any, *, numbers: Mapping[str, QuantizerParams | FormatParams] | None = None
+) -> Target:
     """Returns `target` under `policy`; its code is not touched and need not know.
 
     Products (dot_general and conv_general_dilated) run in the policy's compute format with its accumulator, in the
@@ -34,9 +37,10 @@ def apply_policy(target: Target, policy: Any, *, numbers: Mapping[str, Quantizer
       policy: a Policy, its string, a preset's name, or a jmp.Policy.
       numbers: for a function or an NNX model: by setting ("weight", "activation", "attention", "embedding"), what its
         quantizers take in place of their own numbers, as of `quant.quantizer_params` or, for vmap,
-        `quant.stack_quantizers`; where a rule decides the setting, it is `pattern:setting`. They may be traced, so
-        that a sweep over bit widths is one program. These products are simulated; weights that are stored quantized
-        stay as they are. An NNX model keeps them in a variable; `nn.numbers.apart` takes them out of a policy.
+        `quant.stack_quantizers`; for "compute" what products take in place of their format, as of `Format.params` or
+        `stack_formats`. Where a rule decides the setting, it is `pattern:setting`. They may be traced, so that a sweep
+        over bit widths or formats is one program. These products are simulated; weights that are stored quantized stay
+        as they are. An NNX model keeps them in a variable; `nn.numbers.apart` takes them out of a policy.
 
     Returns:
       The same kind of thing:
@@ -48,7 +52,8 @@ def apply_policy(target: Target, policy: Any, *, numbers: Mapping[str, Quantizer
 
     Raises:
       TypeError: `target` is none of these, or numbers are given for a Linen model.
-      ValueError: the policy cannot be parsed, or numbers are for no setting; on a call, a rule that matches no site,
+      ValueError: the policy cannot be parsed, or numbers are for no setting; on a call, numbers for what is not
+        simulated or of "compute" for products that are quantized, a rule that matches no site,
         or a quantizer with a state ("lsq", "ema"), which `prepare_qat` and `QAT` hold.
 
     The policy acts on calls from outside: `model(...)` and every other public method in NNX (`model.encode(x)`),
@@ -66,7 +71,7 @@ def apply_policy(target: Target, policy: Any, *, numbers: Mapping[str, Quantizer
     return apply_to_function(target, policy)  # pyright: ignore[reportReturnType, reportArgumentType]
 
 
-def _with_numbers(target: Any, policy: Policy, numbers: Mapping[str, QuantizerParams]) -> Any:
+def _with_numbers(target: Any, policy: Policy, numbers: Mapping[str, QuantizerParams | FormatParams]) -> Any:
     """Returns a function or an NNX model under a policy whose quantizers have other numbers."""
     if isinstance(target, linen.Module):
         raise TypeError(f"numbers= are for functions and NNX models; make a function of {type(target).__name__}.apply.")

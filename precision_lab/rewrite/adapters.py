@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from precision_lab.formats import FormatParams
 from precision_lab.policy import Treatment
 from precision_lab.rewrite.bilinear import Matmul, Term, layouts_of
 from precision_lab.rewrite.cast import casting_of, product_of
+from precision_lab.rewrite.traced_compute import product_under_params
 
 
 class Adapter(NamedTuple):
@@ -31,7 +33,15 @@ def is_matrix(eqn: Any, operand: int) -> bool:
     return eqn.primitive.name == "dot_general" and not eqn.params["dimension_numbers"][1][operand]
 
 
-def adapted(eqn: Any, x: jax.Array, out: jax.Array, adapter: Adapter, operand: int, treatment: Treatment) -> jax.Array:
+def adapted(
+    eqn: Any,
+    x: jax.Array,
+    out: jax.Array,
+    adapter: Adapter,
+    operand: int,
+    treatment: Treatment,
+    compute: FormatParams | None = None,
+) -> jax.Array:
     """Returns a product with its adapter's added, which runs in the compute format without quantizers.
 
     Args:
@@ -41,17 +51,19 @@ def adapted(eqn: Any, x: jax.Array, out: jax.Array, adapter: Adapter, operand: i
       adapter: what is added.
       operand: which operand the weight is.
       treatment: how the product is computed.
+      compute: numbers in place of its compute format's.
     """
     layouts = layouts_of(eqn, eqn.invars[0].aval.shape, eqn.invars[1].aval.shape)
     plain = Treatment(compute=treatment.compute, accum=treatment.accum, execution=treatment.execution)
     x = layouts.operands[1 - operand](x)
     rows = x if operand == 1 else x.swapaxes(-1, -2)  # (..., rows, in)
-    low = _product(rows, adapter.a, plain)
-    added = _product(low * jnp.asarray(adapter.factor, low.dtype), adapter.b, plain)
+    low = _product(rows, adapter.a, plain, compute)
+    added = _product(low * jnp.asarray(adapter.factor, low.dtype), adapter.b, plain, compute)
     return out + layouts.restore(added if operand == 1 else added.swapaxes(-1, -2)).astype(out.dtype)
 
 
-def _product(x: jax.Array, weight: jax.Array, treatment: Treatment) -> jax.Array:
+def _product(x: jax.Array, weight: jax.Array, treatment: Treatment, compute: FormatParams | None) -> jax.Array:
     """Returns (rows, in) times (in, out), float32."""
     how, _ = casting_of(treatment, (False, True), jnp.dtype(jnp.float32))
-    return product_of(Term(Matmul(), x, weight), how)
+    take = lambda lhs, rhs, how: product_of(Term(Matmul(), lhs, rhs), how)  # noqa: E731
+    return take(x, weight, how) if compute is None else product_under_params(take, x, weight, how, compute)

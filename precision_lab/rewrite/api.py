@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from precision_lab.policy import Policy
-from precision_lab.quant import QTensor, QuantizerParams
+from precision_lab.quant import QTensor
 from precision_lab.rewrite.adapters import Adapter
 from precision_lab.rewrite.held import Known
 from precision_lab.rewrite.interpreter import evaluate
@@ -43,7 +43,7 @@ class Traced(NamedTuple):
     rebuild: Callable[[Sequence[Any]], Any]
 
 
-def apply_to_function(fn: Callable, policy: Policy, numbers: Mapping[str, QuantizerParams] | None = None) -> Callable:
+def apply_to_function(fn: Callable, policy: Policy, numbers: Mapping[str, Any] | None = None) -> Callable:
     """Returns `fn(params, *args, **kwargs)` under `policy`, with the same signature.
 
     Products run in the policy's formats, in the forward and the backward pass; floating outputs are cast to its
@@ -53,7 +53,7 @@ def apply_to_function(fn: Callable, policy: Policy, numbers: Mapping[str, Quanti
     Args:
       fn: function whose first argument is a pytree of parameters. Arguments that are not arrays stay Python values.
       policy: what to apply.
-      numbers: by setting, numbers of its quantizers that may be traced.
+      numbers: by setting, numbers of its quantizers or of its compute format that may be traced.
 
     Raises (when called):
       ValueError: a rule matches no site.
@@ -82,7 +82,7 @@ def call(
     given: Mapping[str, Mapping[str, Any]] | None = None,
     uses: Uses | None = None,
     adapters: Mapping[str, Adapter] | None = None,
-    numbers: Mapping[str, QuantizerParams] | None = None,
+    numbers: Mapping[str, Any] | None = None,
 ) -> Any:
     """Returns `fn(params, *args, **kwargs)` with its products under `policy`; its outputs keep their dtypes.
 
@@ -98,7 +98,8 @@ def call(
         they are, or a `Held` state. In a scan over layers, arrays have a leading axis for the layers.
       uses: where to note how each parameter is used; for a call that is only traced.
       adapters: by the path of a parameter, what is added to it in its products, in low rank.
-      numbers: by setting, numbers of its quantizers that may be traced; these products are simulated.
+      numbers: by setting, numbers of its quantizers (`QuantizerParams`) or of "compute" (`FormatParams`) that may be
+        traced; these products are simulated.
 
     Raises:
       ValueError: a rule matches no site, or the policy needs 64-bit mode.

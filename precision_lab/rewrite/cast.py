@@ -287,7 +287,7 @@ def _product_in_blocks(x: jax.Array, weight: Any, rows: int, how: Casting) -> ja
     plain = dataclasses.replace(how, operands=tuple(dataclasses.replace(one, quantizer=None) for one in how.operands))
     plain = dataclasses.replace(plain, result=jnp.dtype(jnp.float32))
     total = product_in_blocks(x, weight, rows, lambda part, block: product_of(Term(Matmul(), part, block), plain))
-    return _as_result(total, how)
+    return as_result(total, how)
 
 
 def _values(x: Any, quantizer: Any, axes: tuple[int, ...], layout: Layout, given: Any) -> jax.Array:
@@ -327,7 +327,7 @@ def _with_derivative(op: Any, how: Casting, forward: Casting | None = None) -> C
     def evaluate(lhs: jax.Array, rhs: jax.Array, *codes: jax.Array) -> jax.Array:
         if forward is None:
             return _evaluate(lhs, rhs, op=op, how=how)
-        return _as_result(op.multiply_codes(Codes(*codes[:2]), Codes(*codes[2:])), forward)
+        return as_result(op.multiply_codes(Codes(*codes[:2]), Codes(*codes[2:])), forward)
 
     evaluate.__name__ = PRODUCT
     product = jax.custom_jvp(evaluate)
@@ -348,10 +348,10 @@ def _with_derivative(op: Any, how: Casting, forward: Casting | None = None) -> C
 
 def _evaluate(lhs: jax.Array, rhs: jax.Array, *, op: Any, how: Casting) -> jax.Array:
     """Takes the product of the cast operands."""
-    return _as_result(op.multiply(lhs, rhs, how), how)
+    return as_result(op.multiply(lhs, rhs, how), how)
 
 
-def _as_result(out: jax.Array, how: Casting) -> jax.Array:
+def as_result(out: jax.Array, how: Casting) -> jax.Array:
     """Returns a product in the dtype of its result."""
     info = jnp.finfo(how.result)
     if info.bits >= 32:

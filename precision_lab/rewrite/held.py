@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from precision_lab.formats import FormatParams
 from precision_lab.policy import Treatment
 from precision_lab.quant import (
     Quantizer,
@@ -109,10 +110,13 @@ class Numbers(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What is given to quantizers: by site and operand, and numbers by setting; see `numbers_key`."""
+    """What is given to quantizers: by site and operand, and numbers by setting; see `numbers_key`.
+
+    Numbers of "compute" are those of a format.
+    """
 
     sites: Mapping[str, Mapping[str, Any]]
-    numbers: Mapping[str, QuantizerParams | AsCodes]
+    numbers: Mapping[str, QuantizerParams | AsCodes | FormatParams]
 
 
 def numbers_key(setting: str, pattern: str) -> str:
@@ -175,6 +179,7 @@ def at_site(
                 "leave out execution=native, gradient=, backward= and 'lsq' or 'ema'."
             )
         numbers = known.numbers[key]
+        assert not isinstance(numbers, FormatParams)
         as_codes = isinstance(numbers, AsCodes)
         return Numbers(numbers.params if isinstance(numbers, AsCodes) else numbers, found, as_codes)
     return dataclasses.replace(found, site=site.name, role=role, scans=scans) if isinstance(found, Held) else found

@@ -27,6 +27,7 @@ from precision_lab.rewrite.quantized import NOTHING_GIVEN
 from precision_lab.rewrite.scaled import scaled_product
 from precision_lab.rewrite.slicing import given_arrays, with_given_arrays
 from precision_lab.rewrite.steps import Cast, Chosen, Enter, Lookup, Observed, Plan
+from precision_lab.rewrite.traced_compute import product_under_params
 
 Values = list[Any]
 
@@ -94,11 +95,15 @@ def _product(step: Cast, eqn: Any, given: Values) -> Any:
             x.noted(step.site, quantizer, axes, OPERANDS[operand], layout, is_matrix(eqn, operand))
             operands[operand] = x if is_stored(x) and quantizer is not None else x.values().astype(x.dtype)
     options = {"before": step.before, "of_tangents": step.of_tangents, "given": step.given}
-    out = cast_product(eqn, operands[0], operands[1], step.casting, **options)
+    if step.compute is None:
+        out = cast_product(eqn, operands[0], operands[1], step.casting, **options)
+    else:
+        take = functools.partial(cast_product, eqn, **options)
+        out = product_under_params(take, dense(operands[0]), dense(operands[1]), step.casting, step.compute)
     if step.adapter is None:
         return out
     operand, adapter = step.adapter
-    return adapted(eqn, dense(given[1 - operand]), out, adapter, operand, step.treatment)
+    return adapted(eqn, dense(given[1 - operand]), out, adapter, operand, step.treatment, step.compute)
 
 
 def _require_states(step: Cast, operands: Values) -> None:

@@ -38,6 +38,7 @@ from precision_lab.rewrite.rules import require_every_rule_used
 from precision_lab.rewrite.scaled import Amaxes
 from precision_lab.rewrite.sites import FULL_PRECISION, PRODUCTS, Site, SiteTable, clean_scope, module_types
 from precision_lab.rewrite.steps import Cast, Enter, Lookup, Observed, Plan
+from precision_lab.rewrite.traced_compute import compute_params
 
 AS_WRITTEN, WHOLE = "as written: ops=products", "has rules of its own: runs as traced"
 
@@ -280,15 +281,17 @@ class Planner:
             # Signs would make +1 of both flags, such as those of a one-hot row.
             treatment = dataclasses.replace(treatment, activation=None, attention=None)
         self.sites.append(dataclasses.replace(site, treatment=treatment))
-        adapter = self._adapter(eqn, sources)
+        adapter, compute = self._adapter(eqn, sources), None
+        if self._given.numbers:
+            compute = compute_params(self._given, self.policy, site, treatment, self._call)
         as_it_stands = already(eqn, treatment, quantizers_of(treatment, parameters))
-        if as_it_stands and adapter is None and not self._every_product:
+        if as_it_stands and not (adapter or compute or self._every_product):
             return None
         result = self._result(eqn, treatment)
         casting, before = casting_of(treatment, parameters, result)
         given = self._known(site, OPERANDS[0], treatment), self._known(site, OPERANDS[1], treatment)
         amaxes = self._amaxes.get(site.name)
-        return Cast(treatment, casting, before, self._of_tangents, site.name, amaxes, given, adapter)
+        return Cast(treatment, casting, before, self._of_tangents, site.name, amaxes, given, adapter, compute)
 
     def _known(self, site: Site, role: str, treatment: Treatment) -> Any:
         """Returns what is given for one operand of a site."""
@@ -321,8 +324,9 @@ class Planner:
             return Observed(name, step, (None, None), None)
         # Under a quantizer's scale no number is outside of its format.
         quantizers = quantizers_of(treatment, (is_path(sources[0]), is_path(sources[1])))
-        left, right = (treatment.compute if quantizer is None else None for quantizer in quantizers)
-        return Observed(name, step, (left, right), treatment.compute if treatment.gradient is None else None)
+        fmt = None if step and step.compute else treatment.compute
+        left, right = (fmt if quantizer is None else None for quantizer in quantizers)
+        return Observed(name, step, (left, right), fmt if treatment.gradient is None else None)
 
     def _treatment_in_rule(self, site: Site) -> Treatment:
         """Returns the treatment of a product inside a derivative rule: that of the products that it differentiates.

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from precision_lab.formats import Format
+from precision_lab.formats import Format, FormatParams
 from precision_lab.policy import Treatment
 from precision_lab.quant import Quantizer
 from precision_lab.rewrite import _compat
@@ -30,6 +30,7 @@ class Cast:
       amaxes: what scales are made of that come from outside, or None.
       given: of each operand, what its quantizer is not to find itself: a `Given`, or a `Held` state.
       adapter: which operand has an adapter, and that; or None.
+      compute: numbers of the compute format, which may be traced, in place of its own; or None.
     """
 
     treatment: Treatment
@@ -40,6 +41,7 @@ class Cast:
     amaxes: Amaxes | None = None
     given: tuple[Any, Any] = (NOTHING_GIVEN, NOTHING_GIVEN)
     adapter: tuple[int, Adapter] | None = None
+    compute: FormatParams | None = None
 
 
 @dataclasses.dataclass(frozen=True)

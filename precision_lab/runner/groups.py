@@ -1,8 +1,8 @@
 """Groups: which arms of an experiment share one compiled program, and why the others do not.
 
 Arms are in one group if they differ only in numbers that the compiled step takes as arguments (see
-`training.numbers`): their seeds, the widths of their quantizers, learning rates and the like. A group is compiled
-once, whichever executor runs it.
+`training.numbers`): their seeds, the widths of their quantizers and simulated formats, learning rates and the like. A
+group is compiled once, whichever executor runs it.
 """
 
 from __future__ import annotations

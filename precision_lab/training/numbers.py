@@ -88,7 +88,7 @@ class Hyper(NamedTuple):
       loss_factor: float32, 2**-loss_shift.
       optim: other numbers of the optimizer by field, float32 scalars, or a `Decay` for `b1` and `b2`.
       loss_scale: those of the loss scale by field, float32 scalars, `interval` int32.
-      quantizers: those of the policy's quantizers, see `nn.numbers.apart`.
+      quantizers: those of the policy's quantizers and simulated formats, see `nn.numbers.apart`.
     """
 
     lr: jax.Array

@@ -444,3 +444,18 @@ def test_blocks_round_alike_on_each_device_of_a_shard_map(spec):
     sharded = jax.shard_map(lambda x: round_to_blocks(x, spec), mesh=mesh, in_specs=along, out_specs=along)
 
     assert_same_bits(jax.jit(sharded)(x), round_to_blocks(x, spec))
+
+
+@pytest.mark.parametrize("spec", DIRECT)
+def test_a_transposed_constant_keeps_its_order_in_a_loop(spec):
+    """XLA of JAX 0.10 took its elements in the order of memory in the branches that are chosen among."""
+    x = np.random.default_rng(7).standard_normal((16, 6)).astype(np.float32)
+
+    axes = (0, 1) if len(block_format(spec).block) == 2 else 0
+
+    def rounded(_):
+        return round_to_blocks(jax.lax.transpose(jnp.asarray(x), (1, 0)), spec, axis=axes)
+
+    found = jax.jit(lambda: jax.lax.map(rounded, jnp.arange(2)))()[1]
+
+    assert_same_bits(found, round_to_blocks(x.T.copy(), spec, axis=axes))

@@ -48,6 +48,12 @@ WHOLE = [
     "weight=int8@channel,activation=int3@token,embedding=int4@channel;**/head/**:weight=int6@channel;**/up/**:activation=none",
     "compute=bfloat16,weight=int4@channel,mse",
     "weight=int12@channel,activation=int8@token",
+    "compute=e5m3",
+    "compute=tf32;**/head/**:compute=float32",
+    "compute=float8_e4m3fn;**/head/**:compute=e6m9;**/up/**:embedding=none",
+    "compute=float8_e5m2,accum=float16@step4,round=bfloat16",
+    "compute=bfloat16,execution=simulated",
+    "compute=float32;**/head/**:compute=e4m7",
 ]
 
 
@@ -79,6 +85,8 @@ def test_taking_apart_twice_changes_nothing(policy):
         ("weight=int2@channel,activation=int8@token", "weight=int8@channel,activation=int3@token"),
         ("weight=int4;**/head/**:weight=int8", "weight=int3;**/head/**:weight=int2"),
         ("weight=int4@channel,ewgs=0.1", "weight=int4@channel,ewgs=0.01"),
+        ("compute=e5m3", "compute=tf32"),
+        ("compute=float8_e4m3fn;**/head/**:compute=e6m9", "compute=e6m9;**/head/**:compute=float8_e5m2"),
     ],
 )
 def test_policies_that_differ_in_numbers_have_one_structure(a, b):
@@ -98,6 +106,10 @@ def test_policies_that_differ_in_numbers_have_one_structure(a, b):
         ("weight=int4@channel", "activation=int4@channel"),
         ("weight=int9@channel,activation=int8@token", "weight=int8@channel,activation=int8@token"),
         ("weight=int4", "weight=int4;**/head/**:weight=none"),
+        ("compute=e5m3", "compute=bfloat16"),
+        ("compute=bfloat16", "compute=bfloat16,execution=simulated"),
+        ("compute=e5m3", "compute=e5m3,accum=float16"),
+        ("compute=e5m3", "compute=e5m3;**/head/**:compute=float32"),
     ],
 )
 def test_policies_that_differ_in_structure_have_two(a, b):
@@ -124,6 +136,25 @@ def test_what_stays_structure_says_why(policy, reason):
     assert parts.policy == Policy.parse(policy)
     assert not parts.numbers
     assert reason in parts.reasons["weight"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [
+        ("compute=e5m3,weight=int4@channel", "products have other formats beside it"),
+        ("compute=e5m3,wgrad=bfloat16", "products have other formats beside it"),
+        ("compute=float8_e5m2,execution=native", "execution=native"),
+        ("compute=e5m3,ops=autocast", "operations follow it too"),
+        ("compute=e5m3;**:op=float32", "operations follow it too"),
+        ("compute=e5m3;**/head/**:execution=simulated", "or a rule says execution="),
+    ],
+)
+def test_a_compute_format_that_stays_structure_says_why(policy, reason):
+    parts = apart(Policy.parse(policy))
+
+    assert parts.policy.compute == Policy.parse(policy).compute
+    assert "compute" not in parts.numbers
+    assert reason in parts.reasons["compute"]
 
 
 def test_codes_are_multiplied_as_integers_under_any_numbers():

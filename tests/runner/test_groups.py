@@ -24,6 +24,14 @@ def test_arms_that_differ_in_numbers_are_one_group():
     assert group.reason == ""
 
 
+def test_arms_that_differ_in_a_simulated_format_of_products_are_one_group():
+    arms = {name: {"policy": f"compute={name};**/head/**:compute=float32"} for name in ("float8_e5m2", "e5m3", "tf32")}
+
+    [group] = grouped(arms)
+
+    assert group.arms == tuple(arms)
+
+
 @pytest.mark.parametrize(
     ("arm", "reason"),
     [

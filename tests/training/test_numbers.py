@@ -144,7 +144,15 @@ def assert_same_bits(a, b):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
-@pytest.mark.parametrize("policy", [W4, "weight=int3@channel,activation=int8@token", "weight=int2;head/**:weight=int8"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        W4,
+        "weight=int3@channel,activation=int8@token",
+        "weight=int2;head/**:weight=int8",
+        "compute=e5m3;head/**:compute=float32",
+    ],
+)
 def test_traced_numbers_train_to_the_bits_of_static_ones(policy):
     one = config(policy=policy, optim={"kind": "adam", "lr": 1e-2, "b1": 0.8})
     model = programs.model_under(one, SPEC, Policy.parse(policy))
