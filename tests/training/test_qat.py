@@ -10,6 +10,7 @@ from flax import nnx
 import precision_lab as pl
 from precision_lab import data, models
 from precision_lab.nn import QuantParam
+from precision_lab.runner.known import metric_names
 from precision_lab.training import check, train
 from precision_lab.training.beginning import beginning
 from precision_lab.training.checkpointing import Checkpoints
@@ -143,6 +144,7 @@ def test_other_policies_see_the_parameters_alone(tmp_path):
     assert result.metrics["eval_shadow/loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
     assert result.metrics["eval/loss"] != result.metrics["eval_shadow/loss"]
     assert {name for name in result.metrics if name.startswith("weights")} == {"weights_eight/relative_mse"}
+    assert set(result.metrics) <= metric_names(one)
     inside = look_inside(one, tmp_path)
     values = sum(inside["tensors"]["weights"]["binades"].values())
     assert inside["sites"] == []
