@@ -169,7 +169,7 @@ def test_bits_of_a_tied_embedding_are_those_that_the_converted_model_takes():
     policy = "weight=int4@channel,lsq,embedding=int4@channel,lsq"
     small = {"kind": "transformer", "depth": 1, "width": 16, "heads": 2, "tie_embeddings": True}
     one = config(model=small, data={"kind": "tinyshakespeare", "seq_len": 8, "batch": 4}, policy=policy)
-    model, tokens = models.build(one.model, one.data.spec(), 0), np.arange(32).reshape(4, 8)
+    model, tokens = models.build(one.model, one.data.spec(), 0), np.arange(32, dtype=np.int32).reshape(4, 8)
     trained = pl.prepare_qat(model, policy, tokens)
     trained(tokens)
 
