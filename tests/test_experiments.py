@@ -14,6 +14,7 @@ from precision_lab.runner.config import ExperimentConfig
 from precision_lab.runner.known import metric_names
 from precision_lab.training import ProbeRun
 from precision_lab.training import config as training_config
+from precision_lab.training import qat as qat_config
 from precision_lab.training import start as start_config
 from precision_lab.training import transforms as transforms_config
 from precision_lab.training.probes import PROBES
@@ -64,7 +65,8 @@ def test_the_report_of_a_page_is_of_the_arms_and_claims_of_its_config(path):
 def test_the_page_names_every_key_every_kind_and_every_metric():
     known = names_in_code(PAGE)
     fields = set(ExperimentConfig.written_keys())
-    configs = (models_config, data_config, training_config, probes_config, start_config, transforms_config, claims)
+    configs = (models_config, data_config, training_config, probes_config, qat_config, start_config)
+    configs += (transforms_config, claims)
     for module in configs:
         for cls in vars(module).values():
             if isinstance(cls, type) and cls.__module__ == module.__name__ and hasattr(cls, "model_fields"):

@@ -25,11 +25,13 @@ def checked(x: Any, qz: Quantizer, key: Any, given: Given) -> tuple[jax.Array, G
         raise TypeError(f"quantizers take float16, bfloat16 or float32 arrays, got {came}; say x.astype(jnp.float32).")
     x = jnp.asarray(x)
     _check_given(qz, key, given)
-    if _refuses_negative(qz, given) and not isinstance(x, jax.core.Tracer) and x.size and bool(jnp.any(x < 0)):
-        raise ValueError(
-            f"{qz!r} has no negative values, but the smallest of {x.shape} is {float(jnp.min(x)):g}. Say 'affine', or "
-            "a signed format."
-        )
+    if _refuses_negative(qz, given) and not isinstance(x, jax.core.Tracer) and x.size:
+        values = np.asarray(x, np.float32)  # a captured array has values under a trace too, where jnp would trace
+        if np.any(values < 0):
+            raise ValueError(
+                f"{qz!r} has no negative values, but the smallest of {x.shape} is {values.min():g}. Say 'affine', or a "
+                "signed format."
+            )
     return x, given
 
 

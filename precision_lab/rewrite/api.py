@@ -180,6 +180,13 @@ def planned(
     if observing.value:
         planners = [Planner(other, root, types, observing=True) for other in observing.value]
         plan = with_shadows(plan, [each.walk(traced.jaxpr, traced.origins)[0] for each in planners])
+    if planner.of_one_sign:
+        warnings.warn(
+            f"policy '{policy}' takes the signs of what is never negative, such as a ReLU's output, at "
+            f"{len(planner.of_one_sign)} products, such as '{planner.of_one_sign[0]}': every activation there is +1, "
+            "whatever the data. Put a norm between, or leave them out: activation=none.",
+            stacklevel=3,
+        )
     table = planner.table()
     products = [site for site in table if site.is_product]
     if products and all(site.reason for site in products):

@@ -193,5 +193,6 @@ def require_state(site: str, role: str, quantizer: Quantizer | None, given: Any)
     raise ValueError(
         f"'{site}' quantizes its {role} by {str(quantizer)!r}, which has {what}, but no state that could hold it: "
         "say pl.prepare_qat(model, policy, example) for a model of NNX, pl.prepare_qat(module, policy) for one of "
-        "Linen, or pl.QAT(policy) for a function, in place of apply_policy."
+        "Linen, or pl.QAT(policy) for a function, in place of apply_policy. Without training, leave out "
+        f"{'ema' if quantizer.calibration == 'ema' else quantizer.estimator}."
     )

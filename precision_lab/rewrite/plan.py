@@ -33,6 +33,7 @@ from precision_lab.rewrite.provenance import (
     is_path,
     of_results,
     refuse_signs_of_masks,
+    sees_one_sign,
 )
 from precision_lab.rewrite.rules import require_every_rule_used
 from precision_lab.rewrite.scaled import Amaxes
@@ -81,6 +82,7 @@ class Planner:
         self._may_capture_data = not self.types if may_capture_data is None else may_capture_data
         self._everything = everything
         self.sites: list[Site] = []
+        self.of_one_sign: list[str] = []  # products that take the signs of what is never negative
         self._counts: collections.Counter[tuple[str, str]] = collections.Counter()
         # JAX writes its default precision into every product; only what differs from it was the author's choice.
         self._default_precision = _compat.default_precision()
@@ -280,6 +282,7 @@ class Planner:
         if any(source is FLAGS and qz and not has_zero(qz) for source, qz in zip(sources, by, strict=False)):
             # Signs would make +1 of both flags, such as those of a one-hot row.
             treatment = dataclasses.replace(treatment, activation=None, attention=None)
+        self.of_one_sign += [site.name] * any(map(sees_one_sign, sources, by))
         self.sites.append(dataclasses.replace(site, treatment=treatment))
         adapter, compute = self._adapter(eqn, sources), None
         if self._given.numbers:

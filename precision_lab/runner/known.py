@@ -1,8 +1,8 @@
 """Which metrics a run logs, and when, known before it runs, so that a claim about any other is refused at once."""
 
 from precision_lab.training import AnyRun, ProbeRun
+from precision_lab.training.qat import weights_have_error
 from precision_lab.training.rows import evaluates_at, logs_at
-from precision_lab.training.start import quantizes_parameters
 from precision_lab.training.transforms import AUDITED, StoreConfig
 
 _EVAL = ("loss", "accuracy", "nonfinite_fraction")
@@ -17,7 +17,7 @@ def metric_names(run: AnyRun) -> set[str]:
     names = {f"{split}/{name}" for split in splits for name in _EVAL}
     names |= {f"eval_{name}/excess" for name in run.evals}
     policies = {"weights": run.policy, **{f"weights_{name}": policy for name, policy in run.evals.items()}}
-    names |= {f"{split}/relative_mse" for split, policy in policies.items() if quantizes_parameters(policy)}
+    names |= {f"{split}/relative_mse" for split, policy in policies.items() if weights_have_error(policy)}
     if any(isinstance(one, StoreConfig) for one in run.transforms):
         names |= {f"start/{name}" for name in AUDITED}
     if run.train.steps:

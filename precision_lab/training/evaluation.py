@@ -17,8 +17,7 @@ from precision_lab.training.config import RunConfig
 from precision_lab.training.numbers import static_part
 from precision_lab.training.once import once
 from precision_lab.training.program import Program, batch_shapes, evaluate_batch, model_under
-from precision_lab.training.qat import has_state
-from precision_lab.training.start import quantizes_parameters
+from precision_lab.training.qat import weights_have_error
 from precision_lab.training.state import TrainState
 from precision_lab.training.states import bare
 
@@ -64,7 +63,7 @@ def weight_errors(config: RunConfig, spec: DataSpec) -> dict[str, Callable[[Trai
     return {
         split: functools.partial(_measured, _weight_measure(static, spec, policy))  # pyright: ignore[reportArgumentType]
         for split, policy in policies.items()
-        if quantizes_parameters(policy) and not has_state(policy)
+        if weights_have_error(policy)
     }
 
 

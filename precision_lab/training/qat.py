@@ -13,6 +13,7 @@ from precision_lab.models.fields import Float, FrozenConfig, NotNegativeInt, loc
 from precision_lab.policy import Policy
 from precision_lab.policy.treatment import QUANTIZERS
 from precision_lab.quant import Quantizer
+from precision_lab.training.start import quantizes_parameters
 
 if TYPE_CHECKING:
     from precision_lab.training.config import RunConfig
@@ -36,6 +37,11 @@ class QATConfig(FrozenConfig):
 def has_state(policy: str) -> bool:
     """Returns whether a policy has a quantizer that learns, or follows a running range, anywhere."""
     return any(quantizer.has_state for quantizer in _quantizers(policy))
+
+
+def weights_have_error(policy: str) -> bool:
+    """Returns whether a policy quantizes weights by scales that are a function of them, so that they have an error."""
+    return quantizes_parameters(policy) and not has_state(policy)
 
 
 def learns_offsets(policy: str) -> bool:

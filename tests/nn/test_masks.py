@@ -14,6 +14,7 @@ RNG = np.random.default_rng(0)
 X = RNG.standard_normal((2, 5, 5, 4)).astype(np.float32)
 MASK = np.ones((3, 3, 4, 8), np.float32)
 MASK[2, 1:], MASK[1, 2] = 0, 0  # as a causal convolution over pixels has it
+ROWS = X.reshape(-1)[:192].reshape(12, 16)
 W = {"w": RNG.standard_normal((16, 4)).astype(np.float32)}
 MASKS = {"float": MASK, "jax": jnp.asarray(MASK), "bool": MASK > 0}
 
@@ -122,3 +123,44 @@ def test_a_sum_over_flags_is_no_product_of_signs():
     np.testing.assert_allclose(out, flags @ np.tanh(x @ W["w"]), rtol=1e-5, atol=1e-5)
     eight = pl.apply_policy(pooled, "attention=int8@token")(W, x, flags)
     assert 0 < np.abs(eight - out).max() < 0.1
+
+
+def relu_before(p, x):
+    return jax.nn.relu(x @ p["w"]) @ p["v"]
+
+
+@pytest.mark.parametrize(
+    ("between", "warns"),
+    [
+        (jax.nn.relu, True),
+        (lambda h: nnx.max_pool(jax.nn.relu(h)[:, :, None], (1, 1))[..., 0], True),
+        (jax.nn.softmax, True),
+        (lambda h: (jnp.abs(h) + jax.nn.sigmoid(h)) / 2, True),
+        (jnp.tanh, False),
+        (lambda h: jax.nn.relu(h) - h.mean(), False),
+        (lambda h: jnp.maximum(h, -1.0), False),
+        (jax.nn.gelu, False),
+    ],
+)
+@pytest.mark.parametrize("policy", ["binary_net", "xnor", "attention=binary"])
+def test_signs_of_what_is_never_negative_are_warned_of(between, warns, policy, recwarn):
+    """A network with a ReLU before the sign learns nothing: every activation is +1, whatever the data."""
+
+    def net(p, x):
+        h = between(x @ p["w"])
+        return h @ (h.T @ h) if policy.startswith("attention") else h @ p["v"]
+
+    params = {**W, "v": W["w"].T[:, :3]}
+
+    pl.apply_policy(net, policy)(params, ROWS)
+
+    said = [str(one.message) for one in recwarn if "never negative" in str(one.message)]
+    assert len(said) == (1 if warns else 0)
+    assert all("whatever the data" in one for one in said)
+
+
+@pytest.mark.parametrize("policy", ["bitnet_b158", "bwn", "weight=binary,activation=binary;v:activation=none", "twn"])
+def test_policies_that_keep_the_data_of_a_relu_say_nothing(policy, recwarn):
+    pl.apply_policy(relu_before, policy)({**W, "v": W["w"].T}, ROWS)
+
+    assert not [one for one in recwarn if "never negative" in str(one.message)]

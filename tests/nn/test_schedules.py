@@ -153,3 +153,16 @@ def test_a_state_made_for_another_schedule_is_refused():
         state = init_state("int4,lsq", X, freeze=made)
         with pytest.raises(ValueError, match="give init_state the same freeze="):
             quantize_with_state(X, "int4,lsq", state, train=True, freeze=given)
+
+
+@pytest.mark.parametrize("quantizer", ["uint4@channel", "uint4@channel,mse"])
+def test_converting_negative_weights_to_codes_without_a_sign_says_so(quantizer):
+    """It was an error of JAX about a traced boolean."""
+    with pytest.raises(ValueError, match=r"has no negative values, but the smallest of \(16, 4\) is -"):
+        pl.convert(nnx.Linear(16, 4, rngs=nnx.Rngs(0)), f"weight={quantizer}", X)
+
+
+@pytest.mark.parametrize("view", [pl.convert, lambda model, policy, x: pl.compare(model, ["float32", policy], x)])
+def test_a_view_without_training_says_what_to_leave_out(view):
+    with pytest.raises(ValueError, match="Without training, leave out lsq"):
+        view(nnx.Linear(16, 4, rngs=nnx.Rngs(0)), "weight=int4@channel,lsq", X)

@@ -10,6 +10,7 @@ from flax import nnx
 import precision_lab as pl
 from precision_lab import data, models
 from precision_lab.nn import QuantParam
+from precision_lab.runner.known import metric_names
 from precision_lab.training import check, train
 from precision_lab.training.beginning import beginning
 from precision_lab.training.checkpointing import Checkpoints
@@ -143,6 +144,7 @@ def test_other_policies_see_the_parameters_alone(tmp_path):
     assert result.metrics["eval_shadow/loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
     assert result.metrics["eval/loss"] != result.metrics["eval_shadow/loss"]
     assert {name for name in result.metrics if name.startswith("weights")} == {"weights_eight/relative_mse"}
+    assert set(result.metrics) <= metric_names(one)
     inside = look_inside(one, tmp_path)
     values = sum(inside["tensors"]["weights"]["binades"].values())
     assert inside["sites"] == []
@@ -167,7 +169,7 @@ def test_bits_of_a_tied_embedding_are_those_that_the_converted_model_takes():
     policy = "weight=int4@channel,lsq,embedding=int4@channel,lsq"
     small = {"kind": "transformer", "depth": 1, "width": 16, "heads": 2, "tie_embeddings": True}
     one = config(model=small, data={"kind": "tinyshakespeare", "seq_len": 8, "batch": 4}, policy=policy)
-    model, tokens = models.build(one.model, one.data.spec(), 0), np.arange(32).reshape(4, 8)
+    model, tokens = models.build(one.model, one.data.spec(), 0), np.arange(32, dtype=np.int32).reshape(4, 8)
     trained = pl.prepare_qat(model, policy, tokens)
     trained(tokens)
 
