@@ -5,8 +5,14 @@ import importlib.metadata
 import os
 import tempfile
 
+import pytest
+
 _FOLDER = None
-_QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+# Options of XLA that say how machine code is made: for tests, for users.
+_CODE = {"xla_backend_optimization_level": (0, 3), "xla_cpu_parallel_codegen_split_count": (1, 32)}
+if tuple(int(part) for part in importlib.metadata.version("jaxlib").split(".")[:2]) < (0, 12):
+    # Since 0.12 there is one way of emitting a fusion, and XLA ends a process that names an option it does not know.
+    _CODE["xla_cpu_use_fusion_emitters"] = (False, True)
 
 
 def pytest_addoption(parser):
@@ -26,7 +32,8 @@ def pytest_configure(config):
     """
     global _FOLDER
     if not config.option.optimized and not hasattr(config, "workerinput"):  # workers inherit what is said here
-        os.environ["XLA_FLAGS"] = f"{_quick_flags()} {os.environ.get('XLA_FLAGS', '')}".strip()
+        flags = [f"--{name}={quick}" for name, (quick, _) in _CODE.items()]
+        os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")]).strip()
     if getattr(config.option, "numprocesses", None):
         return  # only starts the processes that run the tests
     import jax
@@ -37,12 +44,14 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def pytest_collection_finish():
-    """Leaves what the imports made, half a million objects, out of every later search for garbage."""
+@pytest.fixture(scope="module", autouse=True)
+def _few_objects_to_search():
+    """Leaves what the imports and the tests before left behind out of every later search for garbage."""
+    gc.collect()
     gc.freeze()
 
 
-def _quick_flags():
-    """XLA ends a process that names a flag it does not know; since 0.12 it has only one way of emitting a fusion."""
-    version = tuple(int(part) for part in importlib.metadata.version("jaxlib").split(".")[:2])
-    return _QUICK if version >= (0, 12) else f"{_QUICK} --xla_cpu_use_fusion_emitters=false"
+@pytest.fixture
+def as_users_compile():
+    """The `compiler_options` of a program whose machine code is the subject of its test."""
+    return {name: users for name, (_, users) in _CODE.items()}

@@ -11,7 +11,12 @@ PRODUCTS = ("dot_general", "conv_general_dilated")
 
 def products(fn: Callable, *args: Any) -> list[tuple[str, str, str]]:
     """Returns (lhs dtype, rhs dtype, accumulator dtype) of every product in the jaxpr of `fn`, at any depth."""
-    return [_dtypes(eqn) for eqn in equations(jax.make_jaxpr(fn)(*args)) if eqn.primitive.name in PRODUCTS]
+    return products_in(jax.make_jaxpr(fn)(*args))
+
+
+def products_in(jaxpr: Any) -> list[tuple[str, str, str]]:
+    """Returns what `products` does, of what is traced already."""
+    return [_dtypes(eqn) for eqn in equations(jaxpr) if eqn.primitive.name in PRODUCTS]
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:

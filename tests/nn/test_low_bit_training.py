@@ -134,7 +134,8 @@ def loss(model, dataset="digits"):
     return float(optax.softmax_cross_entropy_with_integer_labels(jax.jit(model)(inputs), labels).mean())
 
 
-@pytest.mark.parametrize("policy", ["bitnet_b158", pytest.param("bwn", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["bitnet_b158", "bwn"])
 def test_rounding_a_trained_net_is_no_substitute_for_training_it(policy):
     """All layers of few bits. A rise of more than 1 nat afterwards; through training under .35 and a quarter of that.
 

@@ -39,7 +39,8 @@ print("passed", jax.device_count())
 
 
 def test_devices_are_merged_and_the_results_stay():
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    two = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    flags = {"XLA_FLAGS": two.strip(), "JAX_PLATFORMS": "cpu"}
 
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=os.environ | flags, capture_output=True, text=True)
 

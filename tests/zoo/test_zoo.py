@@ -1,6 +1,6 @@
 """Laws of policies over models that know nothing of them, in Linen and in NNX.
 
-Every model is measured once: traced without a policy and under each, compiled without and under bfloat16_mixed.
+Every model is traced once without a policy and once under each, and compiled without and under bfloat16_mixed.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ import numpy as np
 import pytest
 
 from precision_lab.nn import apply_policy, sites
-from tests.jaxprs import assert_same_bits, products
+from tests.jaxprs import assert_same_bits, products, products_in
 from tests.zoo.zoo import INPUTS, LEFT_ALONE, Program, build, program
 
 MODELS = [(kind, name) for kind in ("linen", "nnx") for name in INPUTS]
 # Of module scope: all tests of one model stand together, so that two workers do not both compile it.
 every_model = pytest.mark.parametrize(("kind", "name"), MODELS, ids="-".join, scope="module")
-# These programs run once: what they compute is the point, not how fast.
-COMPILER = {"compiler_options": {"xla_backend_optimization_level": 0}}
 
 
 @functools.cache
@@ -29,16 +27,21 @@ def cached(kind: str, name: str, policy: str | None) -> Program:
 
 
 @functools.cache
+def traced(kind: str, name: str, policy: str | None) -> Any:
+    """Returns the loss, (outputs, state) and gradients as they are traced."""
+    one = cached(kind, name, policy)
+    return jax.jit(jax.value_and_grad(one.loss, has_aux=True)).trace(one.params)
+
+
+@functools.cache
 def measured(kind: str, name: str, policy: str | None) -> Any:
     """Returns ((loss, (outputs, state)), gradients), compiled."""
-    one = cached(kind, name, policy)
-    return jax.jit(jax.value_and_grad(one.loss, has_aux=True), **COMPILER)(one.params)
+    return traced(kind, name, policy).lower().compile()(cached(kind, name, policy).params)
 
 
 def found(kind: str, name: str, policy: str | None) -> list[tuple[str, str, str]]:
     """Returns the products of the loss and its gradients."""
-    one = cached(kind, name, policy)
-    return products(jax.value_and_grad(one.loss, has_aux=True), one.params)
+    return products_in(traced(kind, name, policy).jaxpr)
 
 
 def without_keys(tree: Any) -> Any:
@@ -62,11 +65,9 @@ def test_every_product_forward_and_backward_is_low_but_those_to_be_left_alone(ki
 @every_model
 def test_float32_is_bit_identical_to_no_policy(kind, name):
     """The same program text, or else the same bits of outputs, gradients and everything that the call changed."""
-    plain, under = (cached(kind, name, policy) for policy in (None, "float32"))
+    plain, under = (traced(kind, name, policy).lower().as_text() for policy in (None, "float32"))
 
-    texts = [jax.jit(jax.value_and_grad(p.loss, has_aux=True)).lower(p.params).as_text() for p in (plain, under)]
-
-    if texts[0] != texts[1]:
+    if plain != under:
         assert_same_bits(*(without_keys(measured(kind, name, policy)) for policy in ("float32", None)))
 
 
@@ -178,9 +179,9 @@ def test_an_encoder_decoder_generates_with_its_cache_as_without_a_policy():
         cache, logits = jax.lax.scan(body, start, target.T)
         return cache, logits.swapaxes(0, 1)
 
-    plain = jax.jit(lambda: generate(model), **COMPILER)()
-    same = jax.jit(lambda: generate(apply_policy(model, "float32")), **COMPILER)()
-    low = jax.jit(lambda: generate(apply_policy(model, "bfloat16_mixed")), **COMPILER)()
+    plain = jax.jit(lambda: generate(model))()
+    same = jax.jit(lambda: generate(apply_policy(model, "float32")))()
+    low = jax.jit(lambda: generate(apply_policy(model, "bfloat16_mixed")))()
 
     assert_same_bits(same, plain)
     whole = build("linen", "Translator").apply({"params": params}, source, target)
