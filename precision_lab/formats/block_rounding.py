@@ -230,8 +230,6 @@ def _directly(exactly: Callable[[jax.Array], jax.Array], fmt: BlockFormat, tiles
     # because in a shard_map both have to vary over the same axes.
     nonzero = lambda x: jnp.any(zero & (tiles.split(to_bits(x)) & _MAGNITUDE > _U32(0)))  # noqa: E731
     some = jnp.any(zero)
-    # In a loop, XLA of JAX 0.10 hands a transposed constant to a branch with its elements in the wrong order.
-    x = jax.lax.optimization_barrier(x)
     flushed = jax.lax.cond(some, nonzero, lambda x: some, x)
     return jax.lax.cond(jnp.all(within) & ~flushed, direct, exactly, x)
 

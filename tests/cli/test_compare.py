@@ -54,7 +54,7 @@ def saved_run(tmp_path, **options):
     program = program_for(config, data.load(config.data).spec)
     fresh = program.init(config.seed, hyper(config))
     params = jax.tree.map(lambda x: np.random.default_rng(x.size).normal(size=x.shape).astype("f4"), fresh.params)
-    state = program.start(params, fresh.model_state, hyper(config), np.uint32(0))
+    state = program.start(params, fresh.model_state, hyper(config), np.uint32(0), None)
     run = run_dir(tmp_path / "runs", config)
     run.prepare(config)
     with Checkpoints(run.checkpoints, config) as checkpoints:

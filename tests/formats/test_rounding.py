@@ -390,3 +390,14 @@ def test_stacking_nothing_or_for_an_unknown_container_is_refused():
         formats.stack_formats([])
     with pytest.raises(ValueError, match="container must be float16, bfloat16, float32 or float64, got int32"):
         formats.stack_formats(["bf16"], container="int32")
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_a_transposed_constant_keeps_its_order_in_a_loop(dtype):
+    """XLA of JAX 0.10 took its elements in the order of memory, where a called function reads their bits."""
+    x = np.random.default_rng(7).standard_normal((16, 6)).astype(dtype)
+    called = jax.jit(lambda x: round_to(x, "float8_e4m3fn"))
+
+    found = jax.jit(lambda: jax.lax.map(lambda _: called(jax.lax.transpose(jnp.asarray(x), (1, 0))), jnp.arange(2)))()
+
+    np.testing.assert_array_equal(found[1], called(x.T.copy()))
