@@ -281,7 +281,7 @@ class Planner:
         refuse_signs_of_masks(site.name, sources, by)
         if any(source is FLAGS and qz and not has_zero(qz) for source, qz in zip(sources, by, strict=False)):
             # Signs would make +1 of both flags, such as those of a one-hot row.
-            treatment = dataclasses.replace(treatment, activation=None, attention=None)
+            treatment = dataclasses.replace(treatment, activation=None, attention=None, outliers=None)
         self.of_one_sign += [site.name] * any(map(sees_one_sign, sources, by))
         self.sites.append(dataclasses.replace(site, treatment=treatment))
         adapter, compute = self._adapter(eqn, sources), None
