@@ -107,7 +107,8 @@ def _run_of_arm(text: str, name: Name, out: Path) -> "RunDir":
         raise ValueError(f"{text} has runs with seeds {seeds}; name one of them: {text}::{next(iter(by_seed))}.")
     run = run_dir(out, next(iter(by_seed.values())))
     if not run.exists():
-        raise ValueError(f"{text} has not run in {out}; precision-lab run {name.target} does that.")
+        seed = "" if name.seed is None else f" --seed {name.seed}"
+        raise ValueError(f"{text} has not run in {out}; precision-lab run {name.target}{seed} does that.")
     return run
 
 

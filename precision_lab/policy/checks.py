@@ -40,13 +40,14 @@ class Origins(NamedTuple):
         rule = self._rule_of(key)
         return f"{key}={SETTINGS[key].show(getattr(treatment, key))}" + (f" in rule '{rule.pattern}'" if rule else "")
 
-    def way_out(self, *keys: str) -> str:
-        """Returns what to do about settings that contradict each other."""
+    def way_out(self, *keys: str, missing: str = "") -> str:
+        """Returns what to do about settings that contradict each other, `missing` for want of a value."""
         last = next((rule for rule in reversed(self.rules) if rule.sets(*keys)), None)
         kept = [key for key in keys if last is not None and self._rule_of(key) is not last]
         if last is None or not kept:
             return "leave one of them out"
-        return f"say {kept[0]}= in rule '{last.pattern}' too (none switches it off)"
+        off = "" if kept[0] == missing else " (none switches it off)"
+        return f"say {kept[0]}= in rule '{last.pattern}' too{off}"
 
     def _rule_of(self, key: str) -> SaysSettings | None:
         """Returns the rule that decides a setting, None for the policy's own."""
@@ -112,7 +113,8 @@ def _check_both(treatment: Treatment, origins: Origins) -> None:
     if missing:
         raise origins.error(
             f"{origins.said(treatment, 'outliers')} excepts features from weight= and activation=, which are not both "
-            f"given, but {origins.said(treatment, missing)}; {origins.way_out(missing, 'outliers')}."
+            f"given, but {origins.said(treatment, missing)}; "
+            f"{origins.way_out(missing, 'outliers', missing=missing)}."
         )
 
 
@@ -136,9 +138,12 @@ def _check_estimators(treatment: Treatment, origins: Origins) -> None:
     for key in OF_PRODUCTS if by else ():
         quantizer = getattr(treatment, key)
         if quantizer is not None and quantizer.estimator != "ste":
+            estimator, said = quantizer.estimator, origins.said(treatment, key)
+            what = said if key == by else f"{said}: {origins.said(treatment, by)}"
+            way_out = f"leave out '{estimator}'" if key == by else origins.way_out(key, by)
             raise origins.error(
-                f"{origins.said(treatment, key)}: {origins.said(treatment, by)} goes straight through a quantizer, so "
-                f"that its estimator '{quantizer.estimator}' would have no effect; {origins.way_out(key, by)}."
+                f"{what} goes straight through a quantizer, so that its estimator '{estimator}' would have no effect; "
+                f"{way_out}."
             )
 
 

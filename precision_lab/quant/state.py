@@ -104,7 +104,9 @@ def init_state(
         if isinstance(x, jax.ShapeDtypeStruct) and needs_data(qz, start):
             raise TypeError(f"{qz!r} starts from data; give an array of shape {shape}, not its shape alone.")
         found = start_of(x, qz, Tiles.of(shape, qz.granularity, axis), start)
-        return QuantizerState(found, {**state.running, **({} if freeze is None else _frozen(found, False))})
+        # Copies: a state in which two arrays are one buffer cannot be donated to a step.
+        place = {} if freeze is None else _frozen({name: jnp.array(array) for name, array in found.items()}, False)
+        return QuantizerState(found, {**state.running, **place})
     if keeps:
         state.running.update(_by_name(qz, observer(qz, axis=axis).init(shape), axis))
     return state

@@ -281,12 +281,11 @@ class Planner:
         refuse_signs_of_masks(site.name, sources, by)
         if any(source is FLAGS and qz and not has_zero(qz) for source, qz in zip(sources, by, strict=False)):
             # Signs would make +1 of both flags, such as those of a one-hot row.
-            treatment = dataclasses.replace(treatment, activation=None, attention=None)
+            treatment = dataclasses.replace(treatment, activation=None, attention=None, outliers=None)
         self.of_one_sign += [site.name] * any(map(sees_one_sign, sources, by))
         self.sites.append(dataclasses.replace(site, treatment=treatment))
-        adapter, compute = self._adapter(eqn, sources), None
-        if self._given.numbers:
-            compute = compute_params(self._given, self.policy, site, treatment, self._call)
+        adapter, known = self._adapter(eqn, sources), self._given
+        compute = compute_params(known, self.policy, site, treatment, self._call) if known.numbers else None
         as_it_stands = already(eqn, treatment, quantizers_of(treatment, parameters))
         if as_it_stands and not (adapter or compute or self._every_product):
             return None

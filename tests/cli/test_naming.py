@@ -67,8 +67,8 @@ BAD = [
     ),
     (("show", "toy.yaml::flot16::0"), "no arm 'flot16' in toy; did you mean 'float16'?"),
     (
-        ("show", "toy.yaml::float16::0"),
-        "toy.yaml::float16::0 has not run in runs; precision-lab run toy.yaml does that.",
+        ("show", "toy.yaml::float16::7"),  # no seed of the config, so that a bare run would not do it
+        "toy.yaml::float16::7 has not run in runs; precision-lab run toy.yaml --seed 7 does that.",
     ),
     (("show", "toy.yaml"), "'toy.yaml' is an experiment; name one of its runs: toy.yaml::ARM::SEED."),
     (("doctor", "toy.yaml::float16"), "has runs with seeds 0, 1, 2"),

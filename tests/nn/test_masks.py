@@ -164,3 +164,17 @@ def test_policies_that_keep_the_data_of_a_relu_say_nothing(policy, recwarn):
     pl.apply_policy(relu_before, policy)({**W, "v": W["w"].T}, ROWS)
 
     assert not [one for one in recwarn if "never negative" in str(one.message)]
+
+
+@pytest.mark.parametrize("rules", ["", ";w:compute=bfloat16"])
+def test_flags_have_no_outliers(rules):
+    """Before, the product ended with an AttributeError, or under any rule with a setting that nobody gave."""
+
+    def product(p, ids):
+        return jax.nn.one_hot(ids, 16) @ p["w"]
+
+    policy = "weight=int8@channel,activation=binary,outliers=6.0" + rules
+    out = pl.apply_policy(product, policy)(W, jnp.arange(16))
+
+    expected = pl.apply_policy(product, "weight=int8@channel" + rules)(W, jnp.arange(16))
+    np.testing.assert_array_equal(out, expected)

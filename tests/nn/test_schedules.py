@@ -166,3 +166,18 @@ def test_converting_negative_weights_to_codes_without_a_sign_says_so(quantizer):
 def test_a_view_without_training_says_what_to_leave_out(view):
     with pytest.raises(ValueError, match="Without training, leave out lsq"):
         view(nnx.Linear(16, 4, rngs=nnx.Rngs(0)), "weight=int4@channel,lsq", X)
+
+
+def test_a_state_that_freezes_can_be_donated_to_its_first_step():
+    x = jnp.linspace(-1, 1, 32).reshape(8, 4)
+    module = FakeQuant("int8@channel,lsq", example=x, axis=0, freeze=2)
+    state = init_state("int8@channel,lsq", x, axis=0, freeze=2)
+
+    step = jax.jit(
+        lambda state: quantize_with_state(x, "int8@channel,lsq", state, axis=0, train=True, freeze=2), donate_argnums=0
+    )
+    value, after = step(state)
+    of_module = nnx.jit(lambda module: module(x), donate_argnums=0)(module)
+
+    assert int(after.running["steps"]) == 1
+    np.testing.assert_array_equal(of_module, value)

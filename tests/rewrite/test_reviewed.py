@@ -129,6 +129,10 @@ def test_an_estimator_that_would_have_no_effect_is_refused():
         Policy.parse("weight=int8@channel,zero,activation=int8,gradient=int8@token")
     with pytest.raises(ValueError, match="its estimator 'lsq' would have no effect"):
         Policy.parse("weight=int8@channel,lsq,backward=original")
+    with pytest.raises(
+        ValueError, match=r"^gradient=int8,lsq goes straight .* would have no effect; leave out 'lsq'\.$"
+    ):
+        Policy.parse("gradient=int8,lsq")
 
 
 def test_simulated_float64_is_float64():

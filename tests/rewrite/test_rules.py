@@ -102,6 +102,10 @@ def test_a_rule_may_leave_a_product_unquantized_whatever_is_said_of_how_to_quant
             "'v': outliers=6 in rule '**' excepts features from weight= and activation=, which are not both given, but "
             "activation=none in rule 'v'; say outliers= in rule 'v' too (none switches it off).",
         ),
+        (
+            "**:weight=int8@channel;v:outliers=6",
+            "which are not both given, but activation=none; say activation= in rule 'v' too.",
+        ),
     ],
 )
 def test_rules_that_contradict_each_other_at_a_site_are_refused_by_name(rules, message):
