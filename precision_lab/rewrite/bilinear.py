@@ -260,14 +260,18 @@ def _turned(x: jax.Array) -> jax.Array:
     return lax.transpose(x, (*range(x.ndim - 2), x.ndim - 1, x.ndim - 2))
 
 
-def _ordered(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Returns an array with its axes in this order."""
-    return x if axes == tuple(range(x.ndim)) else lax.transpose(x, axes)
+def _ordered(x: Any, axes: tuple[int, ...]) -> Any:
+    """Returns an array with its axes in this order; a NumPy array stays one."""
+    if axes == tuple(range(x.ndim)):
+        return x
+    return lax.transpose(x, axes) if isinstance(x, jax.Array) else x.transpose(axes)
 
 
-def _shaped(x: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """Returns an array in this shape."""
-    return x if x.shape == tuple(shape) else lax.reshape(x, shape)
+def _shaped(x: Any, shape: Sequence[int]) -> Any:
+    """Returns an array in this shape; a NumPy array stays one."""
+    if x.shape == tuple(shape):
+        return x
+    return lax.reshape(x, shape) if isinstance(x, jax.Array) else x.reshape(shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,8 +285,8 @@ class Layout:
 
     groups: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None = None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns an array in the shape of the product."""
+    def __call__(self, x: Any) -> Any:
+        """Returns an array in the shape of the product; a NumPy array stays one."""
         if self.groups is None:
             return x
         sizes = [math.prod(x.shape[axis] for axis in group) for group in self.groups]
