@@ -5,6 +5,7 @@ On a shared machine times drift by more than the differences of interest; two ca
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import statistics
@@ -92,11 +93,17 @@ def time_alternating(name: str, baseline: Callable[[], Any], call: Callable[[], 
         raise ValueError(f"rounds must be at least 3, got {rounds}.")
     baseline()
     call()
-    times, spent = [_seconds(baseline)], []
+    times, spent = [_without_garbage(baseline)], []
     for _ in range(rounds):
-        spent.append(_seconds(call))
-        times.append(_seconds(baseline))
+        spent.append(_without_garbage(call))
+        times.append(_without_garbage(baseline))
     return _timing(name, spent, [2 * s / (a + b) for s, a, b in zip(spent, times, times[1:], strict=False)])
+
+
+def _without_garbage(call: Callable[[], Any]) -> float:
+    """Returns how long one call takes from a heap without garbage, whose collection would fall on calls at random."""
+    gc.collect()
+    return _seconds(call)
 
 
 def _seconds(call: Callable[[], Any]) -> float:

@@ -39,7 +39,7 @@ PAIRS = {
     ),
 }
 PREPARED = ("W8A8 simulated", "W8A8 native", "Qwix W8A8", "AQT W8A8")
-_COMPILE_ROUNDS = 3
+_COMPILE_ROUNDS = 5
 
 
 def _targets() -> dict[tuple[str, str, str], Target]:

@@ -255,9 +255,11 @@ def _class_under_policy(plain: type, policy: Policy, qat: QAT | None) -> type:
 
 def _write_back(model: nnx.Module, args: Any, kwargs: Any, changed: nnx.State, moved: Any) -> None:
     """Gives the model, and modules among the arguments, what a call changed: variables and plain attributes."""
+    flat, updates = nnx.to_flat_state(changed), []
+    if not flat and not moved:
+        return
     modules = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
-    updates = []
-    for path, variable in nnx.to_flat_state(changed):
+    for path, variable in flat:
         module = modules.get("/".join(map(str, path[1:-1]))) if path[0] == 0 else None
         if module is not None and not _is_node(getattr(module, str(path[-1]), variable)):
             setattr(module, str(path[-1]), variable)  # A variable in place of something else, such as None.

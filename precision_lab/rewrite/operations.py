@@ -19,6 +19,7 @@ from precision_lab.rewrite import _compat
 
 # float64 and float8 operands were someone's explicit choice, which a policy leaves alone.
 CASTABLE = frozenset(("float16", "bfloat16", "float32"))
+_CASTABLE = frozenset(map(jnp.dtype, CASTABLE))
 Values = list[Any]
 
 
@@ -39,7 +40,7 @@ class Operate:
 
 def is_castable(x: Any) -> bool:
     """Returns whether an array, or what stands for one, has a type that policies may change."""
-    return str(getattr(x, "dtype", "")) in CASTABLE
+    return getattr(x, "dtype", None) in _CASTABLE
 
 
 def operate(step: Operate, eqn: Any, given: Values) -> Values:
