@@ -117,8 +117,8 @@ JAX = {
     ],
 }
 OPEN_JAX = {
-    24: "one program and its losses are held; in bench quant a step costs 1.0 of one width's, of the MLP 1.07",
-    26: "rows of bench quant: tracing the transformer misses 1.6, and what supposes AMX was not judged",
+    24: "one program and its losses are held; in bench quant a step costs 1.01 of one width's, of the MLP 1.04",
+    26: "rows of bench quant: tracing the transformer takes 1.63, not 1.6, and what supposes AMX was not judged",
 }
 
 ARRAYS = {
