@@ -4,6 +4,8 @@ Adding a power of two whose last place is the spacing of a format at a value mak
 ties to even; subtracting the power again leaves the rounded value, subnormal or not. What XLA may flush is less than
 half of the smallest step. The power depends on the value's exponent, except for integers, and the sum is limited
 before it is subtracted: that is what saturates, and what keeps a compiler from simplifying (x + c) - c to x.
+
+Only JAX comes here, with formats known at compile time, so operations are lax's; those of the kernel serve NumPy too.
 """
 
 from __future__ import annotations

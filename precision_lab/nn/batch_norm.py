@@ -86,19 +86,17 @@ def shifts_of_folded(model: Any, *args: Any, **kwargs: Any) -> dict[str, str]:
     That is the bias of a batch norm which does nothing else to what the layer returns. Arguments and errors are those
     of `batch_norm_pairs`.
     """
-    found = {}
+    found: list[bool] = []
 
     def look(layer: dict[str, Any], norm: dict[str, Any], epsilon: float) -> tuple[dict[str, Any], dict[str, Any]]:
         idle = "bias" in norm and np.all(norm["mean"] == 0) and np.all(norm.get("scale", 1) == np.float32(1))
         alone = "bias" not in layer and idle and np.all(norm["var"] == _unit_variance(epsilon))
-        found[len(found)] = bool(alone)
+        found.append(bool(alone))
         return layer, norm
 
     pairs = pairs_of(model, args, kwargs)
     _with(model, args, pairs, look)
-    return {
-        name: f"{pair.norm}/bias" for (name, pair), alone in zip(pairs.items(), found.values(), strict=True) if alone
-    }
+    return {name: f"{pair.norm}/bias" for (name, pair), alone in zip(pairs.items(), found, strict=True) if alone}
 
 
 def fold_batch_norms(model: Any, *args: Any, pairs: Mapping[str, str] | None = None, **kwargs: Any) -> Any:

@@ -77,7 +77,9 @@ def check_treatment(treatment: Treatment, origins: Origins = NOWHERE) -> None:
         _check_simulated_accumulator(treatment, origins)
     if treatment.backward == "requantized" and treatment.dgrad is not None and treatment.wgrad is not None:
         backward = origins.said(treatment, "backward")
-        raise origins.error(f"{backward} has nothing to quantize: dgrad and wgrad are both given.")
+        raise origins.error(
+            f"{backward} has nothing to quantize: dgrad and wgrad are both given; leave one of the three out."
+        )
     if treatment.outliers is not None:
         _check_outliers(treatment, origins)
     _check_estimators(treatment, origins)
@@ -153,7 +155,7 @@ def _check_simulated_accumulator(treatment: Treatment, origins: Origins) -> None
     if FLOAT64 in (compute, treatment.accum.format):
         raise origins.error(
             f"{accum} is not available with compute={compute.name}: these products accumulate in "
-            f"{default_accum(compute)}."
+            f"{default_accum(compute)}; leave accum= out."
         )
     if treatment.execution == "native":
         raise origins.error(

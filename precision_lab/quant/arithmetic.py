@@ -60,12 +60,17 @@ def narrow(x: jax.Array, dtype: Any) -> jax.Array:
     return round_to(x, formats.format(np.dtype(dtype)), overflow="saturate_finite").astype(dtype)
 
 
+def kept_shape(x: jax.Array, axes: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of an array of which some axes are reduced to length 1."""
+    return tuple(1 if axis in axes else size for axis, size in enumerate(x.shape))
+
+
 def ordered_sum(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Returns the sum along `axes`, which are kept, in an order that is the same in every program.
 
     XLA adds up in an order that depends on what it fuses the sum with, and the last bit of a scale with it.
     """
-    kept = tuple(1 if axis in axes else size for axis, size in enumerate(x.shape))
+    kept = kept_shape(x, axes)
     moved = jnp.moveaxis(x, axes, range(len(axes)))
     return _fold(moved.reshape(-1, *moved.shape[len(axes) :])).reshape(kept)
 

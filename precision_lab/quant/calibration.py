@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from precision_lab.quant.arithmetic import multiply, ordered_mean
+from precision_lab.quant.arithmetic import kept_shape, multiply, ordered_mean
 from precision_lab.quant.kl import kl_threshold
 from precision_lab.quant.numbers import QuantizerParams
 from precision_lab.quant.quantizer import Quantizer
@@ -43,7 +43,7 @@ def magnitude(x: jax.Array, tiles: Tiles) -> Range:
     """Returns the largest magnitude that shares a scale, and its negative: half the work of `extent`; NaN likewise."""
 
     def of(part: jax.Array, axes: tuple[int, ...]) -> Range:
-        amax = lax.max(lax.reduce_max(lax.abs(part), axes), np.float32(0)).reshape(_kept(part, axes))
+        amax = lax.max(lax.reduce_max(lax.abs(part), axes), np.float32(0)).reshape(kept_shape(part, axes))
         return Range(lax.neg(amax), amax)
 
     return tiles.reduce(x, of)
@@ -109,16 +109,11 @@ def _ranked(x: jax.Array, axes: tuple[int, ...], share: float) -> jax.Array:
     """Returns the k-th smallest of n values, k = floor(share * n + 1/2), at least the first."""
     moved = jnp.moveaxis(x, axes, range(len(axes)))
     rows = moved.reshape(-1, *moved.shape[len(axes) :])
-    kept = _kept(x, axes)
+    kept = kept_shape(x, axes)
     if not len(rows):
         return jnp.zeros(kept, x.dtype)
     k = min(max(int(share * len(rows) + 0.5), 1), len(rows))
     return jnp.sort(rows, axis=0)[k - 1].reshape(kept)
-
-
-def _kept(x: jax.Array, axes: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns the shape of an array of which some axes are reduced to length 1."""
-    return tuple(1 if axis in axes else size for axis, size in enumerate(x.shape))
 
 
 def _aciq(x: jax.Array, axes: tuple[int, ...], qz: Quantizer, n: QuantizerParams) -> Range:

@@ -15,6 +15,7 @@ import numpy as np
 
 from precision_lab import formats
 from precision_lab.formats import Codebook, codebook
+from precision_lab.quant.arithmetic import kept_shape
 from precision_lab.quant.calibration import magnitude
 from precision_lab.quant.granularity import granularity
 from precision_lab.quant.qtensor import QTensor, quantize
@@ -150,7 +151,7 @@ def binary_terms(
 
 def _two_scales(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """Returns the scales of two binary terms with the least squared error, along axes that are kept with length 1."""
-    kept = tuple(1 if axis in axes else size for axis, size in enumerate(x.shape))
+    kept = kept_shape(x, axes)
     moved = jnp.moveaxis(jnp.abs(x), axes, range(len(axes)))
     rows = jnp.sort(moved.reshape(-1, *moved.shape[len(axes) :]), axis=0)
     middle = jnp.mean(rows, 0)

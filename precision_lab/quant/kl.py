@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from precision_lab.formats import Format
-from precision_lab.quant.arithmetic import divide
+from precision_lab.quant.arithmetic import divide, kept_shape
 
 BINS = 2048
 _FIRST = 128
@@ -27,7 +27,7 @@ def kl_threshold(x: jax.Array, axes: tuple[int, ...], fmt: Format) -> jax.Array:
       axes: axes that share a threshold.
       fmt: integer format of the codes, which says how many levels magnitudes have.
     """
-    kept = tuple(1 if axis in axes else size for axis, size in enumerate(x.shape))
+    kept = kept_shape(x, axes)
     moved = jnp.moveaxis(jnp.abs(x), axes, range(len(axes)))
     rows = moved.reshape(-1, int(np.prod(moved.shape[len(axes) :], dtype=np.int64))).T
     if not rows.size:
